@@ -1,0 +1,230 @@
+"""Text environments for multi-turn agents.
+
+An environment speaks Gymnasium's signature, with text on both sides:
+
+    env = make("household")
+    observation, info = env.reset(seed=0)          # the same seed is the same task
+    observation, reward, terminated, truncated, info = env.step("go to fridge")
+
+What a trainer may read besides:
+    env.instructions      how to act, for the system prompt of a model that has never seen the task ("" if absent)
+    info["task_type"]     the kind of task, for a table of success per kind (after `reset`)
+    info["success"]       True once the task is solved (after `step`)
+    info["invalid"]       True if the action could not be carried out (after `step`)
+    env.demonstration(seed, noise)   a scripted episode to warm-start a small policy on; optional
+
+Your own environment: `--env my_module:MyClass`. To add one here, register the class in `ENVS`.
+"""
+
+import importlib
+import random
+import re
+
+# A room: fixtures it always has, further places of which some are drawn, and the objects found there.
+ROOMS = {
+    "kitchen": (
+        ["fridge", "microwave", "sinkbasin"],
+        ["countertop", "cabinet", "drawer", "shelf", "table"],
+        ["apple", "potato", "tomato", "egg", "bread", "mug", "cup", "plate", "knife", "pan"],
+    ),
+    "bathroom": (
+        ["sinkbasin"],
+        ["bathtub", "cabinet", "shelf", "drawer", "toilet", "hamper"],
+        ["cloth", "towel", "soapbar", "soapbottle", "spraybottle", "candle"],
+    ),
+    "bedroom": (
+        ["bed"],
+        ["desk", "dresser", "shelf", "drawer", "nightstand", "armchair"],
+        ["book", "pen", "pencil", "laptop", "cellphone", "keychain", "creditcard", "pillow"],
+    ),
+    "livingroom": (
+        ["sofa"],
+        ["coffeetable", "tvstand", "armchair", "shelf", "drawer", "sidetable"],
+        ["book", "box", "newspaper", "remotecontrol", "vase", "watch", "statue", "laptop"],
+    ),
+}
+# ALFWorld's six task types: (rooms that can host it, what the agent is told).
+TASKS = {
+    "pick": (("kitchen", "bathroom", "bedroom", "livingroom"), "put a {object} in the {target}"),
+    "examine": (("bedroom", "livingroom"), "examine a {object} under the desklamp"),
+    "clean": (("kitchen", "bathroom"), "put a clean {object} in the {target}"),
+    "heat": (("kitchen",), "put a hot {object} in the {target}"),
+    "cool": (("kitchen",), "put a cool {object} in the {target}"),
+    "two": (("kitchen", "bathroom", "bedroom", "livingroom"), "put two {object} in the {target}"),
+}
+TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> the fixture that does it
+NOT_HEATED = {"knife", "pan"}  # never asked for hot or cool
+HAND = "hand"
+
+
+def _listing(names):
+    """`["apple", "mug"]` -> `"an apple, a mug"`; nothing -> `"nothing"`."""
+    return ", ".join(("an " if n[0] in "aeiou" else "a ") + n for n in names) or "nothing"
+
+
+class Household:
+    """A miniature of ALFWorld: find hidden objects in a room, change them, put them somewhere. Text in, text out.
+
+    A task is one of six types in one of four rooms with `places` receptacles. What a receptacle holds is seen only
+    on going there, and the agent carries one object at a time. Actions: `go to P`, `take O from P`, `put O in P`,
+    `clean|heat|cool O with P`, `use desklamp`, `look`.
+
+    Reward, as in the paper: 10 for solving the task (which ends the episode), 0 otherwise, -0.1 for an invalid action.
+    The episode is truncated after `max_turns` actions; every task can be solved within 12.
+    """
+
+    instructions = (
+        "You are a household robot in a room. Solve the task with as few actions as you can. What a place holds is seen "
+        "only on going there, and you carry one object at a time.\nThe actions are: go to PLACE; take OBJECT from PLACE; "
+        "put OBJECT in PLACE; clean OBJECT with sinkbasin; heat OBJECT with microwave; cool OBJECT with fridge; "
+        "use desklamp; look.\nReply with one action and nothing else, for example: go to drawer"
+    )
+
+    def __init__(self, max_turns=12, places=6):
+        if max_turns < 1 or not 5 <= places <= 6:
+            raise ValueError(f"Household needs max_turns >= 1 and 5 or 6 places, got {max_turns} and {places}")
+        self.max_turns, self.n_places, self.rng = max_turns, places, random.Random()
+        self.done = True  # until the first reset
+
+    def reset(self, *, seed=None, options=None):
+        """Start a task. Returns `(observation, info)`; without a seed the task is drawn from the env's own RNG."""
+        rng = self.rng = random.Random(seed) if seed is not None else self.rng
+        self.kind = rng.choice(list(TASKS))
+        self.room = rng.choice(TASKS[self.kind][0])
+        fixtures, further, names = ROOMS[self.room]
+        self.places = fixtures + rng.sample(further, self.n_places - len(fixtures))
+        rng.shuffle(self.places)
+        names = [n for n in names if self.kind not in ("heat", "cool") or n not in NOT_HEATED]
+        self.object = rng.choice(names)
+        self.target = rng.choice([p for p in self.places if p != TOOLS.get(self.kind)]) if self.kind != "examine" else None
+        # [name, place, state]: the objects asked for lie anywhere but at the target, among others
+        elsewhere = [p for p in self.places if p != self.target]
+        self.objects = [[self.object, rng.choice(elsewhere), ""] for _ in range(2 if self.kind == "two" else 1)]
+        for name in rng.sample([n for n in names if n != self.object], rng.randint(2, 4)):
+            self.objects.append([name, rng.choice(self.places), ""])
+        self.lamp = rng.choice(self.places) if self.room in ("bedroom", "livingroom") else None
+        self.here, self.turns, self.seen = None, 0, set()
+        self.examined = self.solved = self.done = False
+        task = TASKS[self.kind][1].format(object=self.object, target=self.target)
+        return f"You are in the {self.room}. You see {_listing(self.places)}. Your task: {task}.", {"task_type": self.kind}
+
+    def admissible(self):
+        """The actions that can be carried out now, a list of text in a fixed order."""
+        if self.done:
+            return []
+        actions = ["look"] + [f"go to {p}" for p in self.places if p != self.here]
+        held = self._held()
+        if held:
+            actions += [f"put {held[0]} in {self.here}"]
+            actions += [f"{verb} {held[0]} with {tool}" for verb, tool in TOOLS.items() if tool == self.here]
+        else:
+            actions += sorted({f"take {o[0]} from {self.here}" for o in self.objects if o[1] == self.here})
+        return actions + (["use desklamp"] if self.here and self.here == self.lamp else [])
+
+    def step(self, action):
+        """Carry out one action, free text. Returns `(observation, reward, terminated, truncated, info)`.
+
+        Case, spacing, articles and a final full stop do not matter. An action that is not admissible changes nothing,
+        costs 0.1 and counts as a turn. After the end of an episode every action is answered the same way.
+        """
+        if self.done:
+            return "The episode is over.", 0.0, self.solved, not self.solved, {"success": False, "invalid": True}
+        action = " ".join(re.sub(r"\b(the|an|a)\b|[.`'\"]", " ", action.lower()).split())
+        invalid = action not in self.admissible()
+        observation = "Nothing happens." if invalid else self._act(*action.split())
+        self.turns += 1
+        self.solved = self._check()
+        self.done = self.solved or self.turns >= self.max_turns
+        reward = 10.0 * self.solved - 0.1 * invalid
+        return observation, reward, self.solved, self.done and not self.solved, {"success": self.solved, "invalid": invalid}
+
+    def _act(self, verb, *words):
+        """Carry out an admissible action; returns what is seen."""
+        held = self._held()
+        if verb == "go":
+            self.here = words[-1]
+        elif verb == "take":
+            held = next(o for o in self.objects if o[0] == words[0] and o[1] == self.here)
+            held[1] = HAND
+            return f"You take the {words[0]} from the {self.here}."
+        elif verb == "put":
+            held[1] = self.here
+            return f"You put the {words[0]} in the {self.here}."
+        elif verb in TOOLS:
+            held[2] = verb  # a heated object that is cooled is no longer hot
+            return f"You {verb} the {words[0]} with the {self.here}."
+        elif verb == "use":
+            self.examined = held is not None and held[0] == self.object
+            return "You turn on the desklamp."
+        if self.here is None:  # look, before having gone anywhere
+            return f"You see {_listing(self.places)}."
+        self.seen.add(self.here)
+        found = ["desklamp"] * (self.here == self.lamp) + [o[0] for o in self.objects if o[1] == self.here]
+        return f"At the {self.here} you see {_listing(found)}."
+
+    def _held(self):
+        return next((o for o in self.objects if o[1] == HAND), None)
+
+    def _ready(self, item):
+        """Whether an object is as the task wants it, wherever it is."""
+        return item[0] == self.object and (self.kind not in TOOLS or item[2] == self.kind)
+
+    def _check(self):
+        """Whether the task is solved now."""
+        if self.kind == "examine":
+            return self.examined
+        return sum(self._ready(o) and o[1] == self.target for o in self.objects) >= (2 if self.kind == "two" else 1)
+
+    def expert(self, rng=random):
+        """The next action of a scripted agent that knows only what it has seen; it searches in random order (`rng`)."""
+        held = self._held()
+        if held and held[0] != self.object:
+            return f"put {held[0]} in {self.here}"
+        if held and self.kind == "examine":
+            return self._visit(self.lamp if self.lamp in self.seen else None, rng) or "use desklamp"
+        if held and not self._ready(held):
+            return self._visit(TOOLS[self.kind], rng) or f"{self.kind} {held[0]} with {self.here}"
+        if held:
+            return self._visit(self.target, rng) or f"put {held[0]} in {self.here}"
+        left = [o for o in self.objects if o[0] == self.object and o[1] in self.seen]
+        left = [o for o in left if not (o[1] == self.target and self._ready(o))]  # not those already delivered
+        left.sort(key=lambda o: o[1] != self.here)  # what lies here first
+        return self._visit(left[0][1] if left else None, rng) or f"take {left[0][0]} from {self.here}"
+
+    def _visit(self, place, rng):
+        """`go to place` unless already there (then None); if it is unknown (None), search where nobody has looked."""
+        if place is None:
+            place = rng.choice([p for p in self.places if p not in self.seen and p != self.target])
+        return f"go to {place}" if place != self.here else None
+
+    def demonstration(self, seed, noise=0.0):
+        """One scripted episode: the expert, but each action is replaced by a random admissible one with chance `noise`.
+
+        Returns `[(observation, action), ...]`, the first observation being the task's. It may well fail.
+        """
+        rng = random.Random(f"demonstration/{seed}")
+        observation, turns = self.reset(seed=seed)[0], []
+        while not self.done:
+            action = rng.choice(self.admissible()) if rng.random() < noise else self.expert(rng)
+            turns.append((observation, action))
+            observation = self.step(action)[0]
+        return turns
+
+
+ENVS = {"household": Household}
+
+
+def make(name, **kwargs):
+    """Build an environment: a name in `ENVS`, or `module:Class` for one of your own. `kwargs` go to its constructor.
+
+    Raises ValueError with one sentence if there is no such environment.
+    """
+    if name in ENVS:
+        return ENVS[name](**kwargs)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"unknown environment {name!r}: use one of {', '.join(ENVS)}, or module:Class for your own")
+    try:
+        return getattr(importlib.import_module(module), attribute)(**kwargs)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load environment {name!r}: {error}") from error
