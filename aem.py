@@ -7,7 +7,6 @@ do. No extra model, reward or forward pass: the entropies are by-products of sam
     python aem.py                                      # a tiny policy learns a household game on a CPU, in minutes
     python aem.py --aem false                          # the same without AEM: plain GRPO
     python aem.py --model Qwen/Qwen2.5-1.5B-Instruct   # the same code on a GPU
-    python aem.py --help                               # every flag, with the paper's symbols
 
 The file: Config, 1 the method, 2 the policy, 3 rollout, 4 update, 5 the embedded policy, 6 training and what it shows.
 Shapes: N trajectories, R responses, n sampled tokens, B rows, T positions, D hidden size, V vocabulary. Entropy is in nats.
@@ -24,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -43,9 +42,8 @@ class UsageError(ValueError):
     """What the user can fix: one sentence that names the flag or file, and the fix. The command exits with code 2."""
 
 
-def flag(default, text, least=None, above=None):
-    """A field of Config: its default, its help text, and the bound its value must respect."""
-    return field(default=default, metadata={"help": text, "least": least, "above": above})
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -56,41 +54,42 @@ class Config:
     env: str = flag("household", "environment: a name in envs.ENVS, or module:Class for your own")
     estimator: str = flag("grpo", "base advantage A and its loss: a row of ESTIMATORS")
     aem: bool = flag(True, "multiply each response's advantage by AEM's alpha; 'false' gives the plain baseline")
-    lam: float = flag(1.0, "lambda, strength of the modulation: max alpha / min alpha <= e^lambda; 0 turns it off", least=0)
-    min_range: float = flag(0.1, "gate: alpha = 1 in a group whose H_bar spans less than this, in nats", least=0)
-    steps: int = flag(60, "training steps, each a rollout batch and its update", least=0)
-    groups: int = flag(16, "tasks per step; the rollouts of one task are a group G", least=1)
-    group_size: int = flag(8, "rollouts of each task; a group of one has no baseline", least=2)
-    max_turns: int = flag(12, "responses per trajectory at most", least=1)
-    max_response_tokens: int = flag(16, "tokens per response at most; models that reason first need more", least=1)
-    max_length: int = flag(4096, "tokens per trajectory at most, prompt and observations included", least=1)
-    temperature: float = flag(1.0, "sampling temperature; pi, entropies and log-probs are meant at it", above=0)
-    lr: float | None = flag(None, "AdamW's learning rate; by default 3e-4 for models under 10 M parameters, else 1e-6", above=0)
-    epochs: int = flag(1, "passes of the update over one rollout batch", least=1)
-    minibatches: int = flag(1, "optimizer steps per pass", least=1)
-    clip_low: float | None = flag(None, "epsilon_low: ratios are clipped at 1 - clip_low; by default the estimator's", least=0)
-    clip_high: float | None = flag(None, "epsilon_high: ratios are clipped at 1 + clip_high; by default the estimator's", least=0)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm", above=0)
-    micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results", least=1)
+    lam: float = flag(1.0, "lambda, strength of the modulation: max alpha / min alpha <= e^lambda; 0 turns it off")
+    min_range: float = flag(0.1, "gate: alpha = 1 in a group whose H_bar spans less than this, in nats")
+    steps: int = flag(60, "training steps, each a rollout batch and its update")
+    groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
+    group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
+    max_turns: int = flag(12, "responses per trajectory at most")
+    max_response_tokens: int = flag(16, "tokens per response at most; models that reason before they act need more")
+    max_length: int = flag(4096, "tokens per trajectory at most, prompt and observations included")
+    temperature: float = flag(1.0, "sampling temperature; pi, entropies and log-probs are meant at it")
+    lr: float | None = flag(None, "AdamW's learning rate; by default 3e-4 for models under 10 M parameters, else 1e-6")
+    epochs: int = flag(1, "passes of the update over one rollout batch")
+    minibatches: int = flag(1, "optimizer steps per pass")
+    clip_low: float | None = flag(None, "epsilon_low: ratios are clipped at 1 - clip_low; by default the estimator's")
+    clip_high: float | None = flag(None, "epsilon_high: ratios are clipped at 1 + clip_high; by default the estimator's")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
+    micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results")
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
     device: str = flag("auto", "'cpu', 'cuda', ...; 'auto' takes a GPU if there is one; a GPU computes in bf16 autocast")
     seed: int = flag(0, "seed of tasks, sampling and minibatches; on one CPU, the same seed gives the same metrics")
-    eval_every: int = flag(20, "steps between evaluations; one more before the first step and after the last", least=1)
-    eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature", least=1)
+    eval_every: int = flag(20, "steps between evaluations; there is one before the first step and after the last too")
+    eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
     out: str = flag("runs", "folder that holds the runs")
     name: str = flag("", "the run's folder in --out; by default after env, estimator and seed, numbered if taken")
-    warm_steps: int = flag(900, "behaviour-cloning steps that warm-start the 'tiny' policy", least=0)
-    warm_noise: float = flag(0.2, "share of random actions in its demonstrations", least=0)
+    warm_steps: int = flag(900, "behaviour-cloning steps that warm-start the 'tiny' policy")
+    warm_noise: float = flag(0.2, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept for the next run")
 
     def check(self):
         """Raise UsageError for the first value that can't work, before anything expensive."""
-        for f in fields(self):
-            value, least, above = getattr(self, f.name), f.metadata["least"], f.metadata["above"]
-            if value is not None and least is not None and not (value >= least and math.isfinite(value)):
-                raise UsageError(f"--{f.name} must be at least {least}, not {value}: {f.metadata['help']}")
-            if value is not None and above is not None and not (value > above and math.isfinite(value)):
-                raise UsageError(f"--{f.name} must be above {above}, not {value}: {f.metadata['help']}")
+        least = dict.fromkeys(("steps", "lam", "min_range", "lr", "clip_low", "clip_high", "max_grad_norm", "warm_steps", "warm_noise"), 0)
+        least |= dict.fromkeys(("groups", "max_turns", "max_response_tokens", "max_length", "epochs", "minibatches"), 1)
+        least |= dict(micro_batch_tokens=1, eval_every=1, eval_tasks=1, group_size=2, temperature=0.01)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value < math.inf:
+                raise UsageError(f"--{name} must be at least {bound}, not {value} ({self.__dataclass_fields__[name].metadata['help']})")
         if self.estimator not in ESTIMATORS:
             raise UsageError(f"unknown --estimator {self.estimator!r}: use one of {', '.join(ESTIMATORS)}")
         try:
@@ -212,12 +211,10 @@ class Policy:
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.body, self.head, self.device = model.get_decoder(), model.get_output_embeddings(), model.device
         self.frame, self.end = chat_frame(tokenizer)
-        self.observation = functools.lru_cache(65536)(self.observation)  # small environments repeat themselves
+        self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+            for name in {"p", "attention_dropout"} & vars(module).keys():
+                setattr(module, name, 0.0)
 
     def autocast(self):
         """bf16 matrix products on a GPU, from fp32 master weights; plain fp32 on a CPU."""
@@ -235,18 +232,16 @@ class Policy:
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        messages = [{"role": "system", "content": instructions}] * bool(instructions)
-        messages += [{"role": "user", "content": observation}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        system = [{"role": "system", "content": instructions}] if instructions else []
+        messages = system + [{"role": "user", "content": observation}]
+        return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def observation(self, text, ended):
+    def answer(self, observation, ended):
         """Ids that an observation adds after a response: the difference that the chat template adds.
 
-        It begins by closing the agent's turn. Where the response `ended` with a sampled end-of-turn token, that is done.
+        It begins by closing the agent's turn, unless the response `ended` with a sampled end-of-turn token.
         """
-        before, after = self.frame
-        ids = self.tokenizer(before + text.strip() + after, add_special_tokens=False).input_ids
+        ids = self.encode(self.frame[0] + observation.strip() + self.frame[1])
         return ids[ids.index(self.end) + 1 :] if ended else ids
 
 
@@ -283,13 +278,22 @@ def load_policy(cfg, path):
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load --model {path}: {' '.join(str(error).split())[:200]}") from None
     policy = Policy(model.to(cfg.torch_device), tokenizer, cfg.temperature)
-    if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and policy.device.type == "cuda"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     probe = torch.arange(8, device=policy.device).unsqueeze(0)  # (1, T)
     with torch.no_grad(), policy.autocast():  # some architectures cap or scale their logits after the head
         if not torch.allclose(model.eval()(probe).logits, policy.head(policy.hidden(probe)), atol=1e-2):
             raise UsageError(f"--model {path}: {type(model).__name__} is not supported, its logits are not head(hidden states)")
+    if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and policy.device.type == "cuda"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
+
+
+def save_policy(policy, folder):
+    """Write model and tokenizer where `from_pretrained` reads them; all or nothing, by a rename."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+    policy.model.save_pretrained(draft)
+    policy.tokenizer.save_pretrained(draft)
+    draft.replace(folder)
 
 
 # ---------------------------------------------------------------- 3. rollout: many trajectories, many turns, one batch
@@ -300,8 +304,8 @@ class Response:
     """All tokens the policy sampled in one turn: the action. Recorded while sampling, under the behaviour policy."""
 
     start: int  # position of its first token in the trajectory
-    logp: list[float] = field(default_factory=list)  # per token, nats
-    entropy: list[float] = field(default_factory=list)  # H_tok per token, nats
+    logp: list[float] = field(default_factory=list)  # old log-prob of each token, nats
+    entropy: list[float] = field(default_factory=list)  # H_tok of each token, nats
     text: str = ""
     observation: str = ""  # what the environment answered
     alpha: float = 1.0
@@ -314,14 +318,17 @@ class Response:
 
 @dataclass
 class Trajectory:
-    """One episode as one token sequence: prompt + response_1 + observation_1 + response_2 + ..."""
+    """One episode as one token sequence: prompt + response_1 + observation_1 + response_2 + ...
+
+    The responses say which tokens were sampled; only those are trained on.
+    """
 
     group: int
     env: object
     rng: random.Random  # its own: what it samples does not depend on the rest of the batch
     ids: list[int] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
-    cached: int = 0  # tokens of `ids` in the KV cache
+    cached: int = 0  # leading tokens that are in the KV cache
     ended: bool = False  # the response being sampled has come to its end
     prompt: str = ""
     task_type: str = ""
@@ -330,20 +337,6 @@ class Trajectory:
     success: bool = False
     done: bool = False
     error: str = ""  # traceback, if the environment crashed
-
-    def call(self, method, *args, **kwargs):
-        """Call the environment. If it crashes, that fails this trajectory alone, is kept in `error`, and returns None."""
-        try:
-            return getattr(self.env, method)(*args, **kwargs)
-        except Exception:
-            self.error, self.done = traceback.format_exc(), True
-
-    def mask(self):
-        """(T,) bool: the sampled tokens, those the loss runs over."""
-        mask = torch.zeros(len(self.ids), dtype=torch.bool)
-        for r in self.responses:
-            mask[r.start : r.start + len(r.logp)] = True
-        return mask
 
 
 class SlotCache:
@@ -364,13 +357,12 @@ class SlotCache:
         """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, used, head size)."""
         if layer == len(self.layers):
             self.layers.append([key[:, :, :0], value[:, :, :0]])
-        rows = torch.arange(len(key), device=key.device).unsqueeze(-1)  # (B, 1), beside slots (B, T)
+        rows, stored = torch.arange(len(key), device=key.device).unsqueeze(-1), self.layers[layer]  # rows (B, 1)
         for i, new in enumerate((key, value)):
-            if (missing := self.capacity - self.layers[layer][i].shape[2]) > 0:
-                room = new.new_zeros(*new.shape[:2], max(missing, 64), new.shape[3])
-                self.layers[layer][i] = torch.cat([self.layers[layer][i], room], 2)
-            self.layers[layer][i][rows, :, self.slots] = new.transpose(1, 2)
-        return tuple(stored[:, :, : self.used] for stored in self.layers[layer])
+            if (missing := self.capacity - stored[i].shape[2]) > 0:
+                stored[i] = torch.cat([stored[i], new.new_zeros(*new.shape[:2], max(missing, 64), new.shape[3])], 2)
+            stored[i][rows, :, self.slots] = new.transpose(1, 2)
+        return stored[0][:, :, : self.used], stored[1][:, :, : self.used]
 
     def keep(self, rows):
         """Drop all rows of the batch but these."""
@@ -384,14 +376,14 @@ def next_logits(policy, cache, trajectories):
     """
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
     pending = [torch.tensor(t.ids[start:]) for t, start in zip(trajectories, starts)]
-    last = torch.tensor([len(p) - 1 for p in pending], device=policy.device)
+    last = [len(p) - 1 for p in pending]
     ids = pad_sequence(pending, batch_first=True).to(policy.device)  # (B, T), padded on the right
     slots = (torch.tensor(starts).unsqueeze(-1) + torch.arange(ids.shape[1])).to(policy.device)  # (B, T)
     mask = cache.prepare(slots, max(len(t.ids) for t in trajectories))
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)
-    return policy.logits(hidden[torch.arange(len(ids), device=policy.device), last])  # (B, T, D) -> (B, D) -> (B, V)
+    return policy.logits(hidden[range(len(ids)), last])  # (B, T, D) -> (B, D) -> (B, V)
 
 
 def sample(logits, uniform):
@@ -421,19 +413,20 @@ def respond(policy, cache, trajectories, cfg):
             break
 
 
-def act(policy, t, cfg):
-    """The environment answers the response just sampled; its answer is appended, or the episode is over."""
+def act(policy, t, seed, cfg):
+    """The environment answers a trajectory's last response, or opens the episode; the ids of what it says are appended."""
+    if not t.responses:
+        t.prompt, info = t.env.reset(seed=seed)
+        t.ids, t.task_type = policy.opening(getattr(t.env, "instructions", ""), t.prompt)[:], info.get("task_type", "")
+        return
     response = t.responses[-1]
     response.text = policy.tokenizer.decode(t.ids[response.start :], skip_special_tokens=True)
-    answer = t.call("step", response.text)
-    if answer is None:
-        return
-    response.observation, reward, terminated, truncated, info = answer
-    ids = policy.observation(response.observation, t.ids[-1] == policy.end)
-    full = len(t.responses) >= cfg.max_turns or len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
+    response.observation, reward, terminated, truncated, info = t.env.step(response.text)
     t.reward += float(reward)
     t.invalid += bool(info.get("invalid", False))
     t.success = bool(info.get("success", terminated and reward > 0))
+    ids = policy.answer(response.observation, t.ids[-1] == policy.end)
+    full = len(t.responses) >= cfg.max_turns or len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
     t.done = bool(terminated or truncated or full)
     if not t.done:
         t.ids += ids
@@ -447,18 +440,19 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
     Returns: the trajectories, those of a task one after the other.
     """
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
-    trajectories = []
-    for i, env in zip(range(len(seeds) * group_size), environments):
-        t = Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}"))
-        if (answer := t.call("reset", seed=seeds[t.group])) is not None:
-            t.prompt, t.task_type = answer[0], answer[1].get("task_type", "")
-            t.ids = policy.opening(getattr(env, "instructions", ""), t.prompt)
-        trajectories.append(t)
-    cache, playing = SlotCache(), [t for t in trajectories if not t.done]
+    trajectories = [
+        Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}"))
+        for i, env in zip(range(len(seeds) * group_size), environments)
+    ]
+    cache, playing = SlotCache(), trajectories
     while playing:
-        respond(policy, cache, playing, cfg)
+        if playing[0].ids:
+            respond(policy, cache, playing, cfg)
         for t in playing:
-            act(policy, t, cfg)
+            try:
+                act(policy, t, seeds[t.group], cfg)
+            except Exception:  # a crash fails its own trajectory, and is counted and shown
+                t.error, t.done = traceback.format_exc(), True
         rows = [i for i, t in enumerate(playing) if not t.done]
         cache.keep(rows)
         playing = [playing[i] for i in rows]
@@ -471,19 +465,16 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
 def assign_credit(trajectories, cfg):
     """Set `alpha` and `advantage` of every response: A_AEM = alpha A, A shared by a trajectory's responses.
 
-    A trajectory whose environment crashed stays in the baseline of its group as the failure it is, but trains no token and
-    is left out of the entropies of its group.
+    A trajectory whose environment crashed counts in its group's baseline as the failure it is, but trains no token and is
+    left out of its group's entropies.
     """
-    rewards = torch.tensor([t.reward for t in trajectories])  # (N,)
     group = torch.tensor([t.group for t in trajectories])  # (N,)
-    base = group_advantages(rewards, group, cfg.estimator).tolist()  # (N,)
-    owned = [(t, r, a) for t, a in zip(trajectories, base) if not t.error for r in t.responses]
-    alpha = torch.ones(len(owned))  # (R,)
-    if cfg.aem:
-        h_bar, group = torch.tensor([r.h_bar for _, r, _ in owned]), torch.tensor([t.group for t, _, _ in owned])
-        alpha = aem_coefficients(h_bar, group, cfg.lam, cfg.min_range)
-    for (_, r, a), r.alpha in zip(owned, alpha.tolist()):
-        r.advantage = r.alpha * a
+    base = group_advantages(torch.tensor([t.reward for t in trajectories]), group, cfg.estimator)  # (N,)
+    pairs = [(i, r) for i, t in enumerate(trajectories) if not t.error for r in t.responses]
+    owner, h_bar = torch.tensor([i for i, _ in pairs]), torch.tensor([r.h_bar for _, r in pairs])  # (R,)
+    alpha = aem_coefficients(h_bar, group[owner], cfg.lam, cfg.min_range) if cfg.aem else torch.ones_like(h_bar)
+    for (_, r), r.alpha, r.advantage in zip(pairs, alpha.tolist(), (alpha * base[owner]).tolist()):
+        pass
 
 
 def micro_batches(trajectories, budget):
@@ -499,16 +490,16 @@ def micro_batches(trajectories, budget):
 
 
 def sampled_logps(policy, trajectories):
-    """Log-probs (n,) of all sampled tokens under the current weights, row after row, differentiable.
+    """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
 
     Only sampled positions reach the head, in chunks that are recomputed in backward: (tokens x vocabulary) never exists.
     """
     ids = pad_sequence([torch.tensor(t.ids) for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
-    mask = pad_sequence([t.mask() for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
-    hidden = policy.hidden(ids[:, :-1], use_cache=False)  # padding is on the right, where causal attention never looks
-    hidden = hidden[mask[:, 1:]]  # (B, T-1, D) -> (n, D): position l-1 predicts token l
+    at = [(row, r.start + i) for row, t in enumerate(trajectories) for r in t.responses for i in range(len(r.logp))]
+    row, at = torch.tensor(at, device=policy.device).T  # two (n,)
+    hidden = policy.hidden(ids, use_cache=False)[row, at - 1]  # (B, T, D) -> (n, D); padding is where nothing looks: right
     chunk = max(1, 2**24 // policy.head.out_features)  # 64 MB of float32 logits
-    pairs = zip(hidden.split(chunk), ids[mask].split(chunk))
+    pairs = zip(hidden.split(chunk), ids[row, at].split(chunk))
     logp = [checkpoint(lambda h, y: token_stats(policy.logits(h), y)[0], h, y, use_reentrant=False) for h, y in pairs]
     return torch.cat(logp)
 
@@ -518,22 +509,20 @@ def accumulate_gradients(policy, trajectories, cfg):
 
     Returns: sums over the tokens trained on: loss, tokens, clipped, and gap, |log-prob at sampling - log-prob now|.
     """
-    rule, sums = cfg.rule, dict(loss=0.0, tokens=0, clipped=0, gap=0.0)
+    rule, sums = cfg.rule, torch.zeros(4)
     lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) counted once, over all
     weights = dict(zip(map(id, trajectories), rule.token_weight(lengths).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient
     for batch in micro_batches(moving, cfg.micro_batch_tokens):
         logp = sampled_logps(policy, batch)  # (n,)
         rows = [(old, r.advantage, weights[id(t)]) for t in batch for r in t.responses for old in r.logp]
-        old_logp, advantage, weight = torch.tensor(rows, device=policy.device).unbind(-1)  # (n, 3) -> three (n,)
+        old_logp, advantage, weight = torch.tensor(rows, device=policy.device).T  # three (n,)
         token_loss, clipped = clipped_loss(logp, old_logp, advantage, rule.clip_low, rule.clip_high)
         loss = (weight * token_loss).sum()
         loss.backward()
-        sums["loss"] += loss.item()
-        sums["tokens"] += len(logp)
-        sums["clipped"] += clipped.sum().item()
-        sums["gap"] += (logp.detach() - old_logp).abs().sum().item()
-    return sums
+        gap = (logp.detach() - old_logp).abs()
+        sums += torch.tensor([loss.item(), len(logp), clipped.sum().item(), gap.sum().item()])
+    return sums.tolist()
 
 
 def update(policy, optimizer, trajectories, cfg, step):
@@ -544,24 +533,24 @@ def update(policy, optimizer, trajectories, cfg, step):
     """
     policy.model.train()
     shuffler, usable = random.Random(f"{cfg.seed}/minibatches/{step}"), [t for t in trajectories if not t.error]
-    taken, skipped, gap = [], 0, None
+    taken, skipped, gaps = [], 0, [0.0]
     for _ in range(cfg.epochs):
         order = shuffler.sample(usable, len(usable))
         for part in range(cfg.minibatches):
-            sums = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
-            if not sums["tokens"]:
+            loss, tokens, clipped, gap = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
+            if not tokens:
                 continue
-            gap = sums["gap"] / sums["tokens"] if gap is None else gap
+            gaps.append(gap / tokens)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
-            if math.isfinite(norm) and math.isfinite(sums["loss"]):
+            if math.isfinite(norm) and math.isfinite(loss):
                 optimizer.step()
-                taken.append((sums["loss"], norm, sums["clipped"] / sums["tokens"]))
+                taken.append((loss, norm, clipped / tokens))
             else:
                 skipped += 1
             optimizer.zero_grad()
     means = [fmean(column) for column in zip(*taken)] or [0.0] * 3
     metrics = dict(zip(("loss", "grad_norm", "clip_fraction"), means))
-    return metrics | {"logp_gap": gap or 0.0, "updates": len(taken), "skipped_updates": skipped}
+    return metrics | {"logp_gap": gaps[:2][-1], "updates": len(taken), "skipped_updates": skipped}
 
 
 # ---------------------------------------------------------------- 5. the embedded policy: built, warm-started, kept
@@ -572,42 +561,45 @@ TEMPLATE = """{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.
 
 
 def tiny_policy(texts, seed):
-    """An untrained Qwen2 of 0.4 M parameters with a word-level tokenizer over the words of `texts`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special, splitter = ["<|pad|>", "<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"], pre_tokenizers.Whitespace()
-    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token=special[1]))
-    core.pre_tokenizer = splitter
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], unk_token=special[1])
-    tokenizer.add_special_tokens({"eos_token": special[2], "additional_special_tokens": special[3:]})
-    tokenizer.chat_template = TEMPLATE
+    """An untrained Qwen2 of 0.2 M parameters, with Qwen2's tokenizer trained until every word of `texts` is one token."""
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, new_special_tokens=special)
+    tokenizer.eos_token, tokenizer.chat_template = "<|end|>", TEMPLATE
     torch.manual_seed(seed)
-    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
-    config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=True, initializer_range=0.1)  # fmt: skip
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
     return Policy(transformers.Qwen2ForCausalLM(config), tokenizer)
 
 
-def clone_behaviour(env, steps, noise, seed=0, batch=48, lr=3e-3):
+def clone_behaviour(env, steps, noise, seed=0, batch=40, lr=4e-3):
     """Warm start: next-token prediction on scripted demonstrations that are sometimes wrong. Returns: a Policy.
 
     The loss runs over all tokens, observations too: trained on actions alone, a model this small never learns to copy the
     object's name from its task.
     """
     rng = random.Random(f"demonstrations/{seed}")
-    demonstration = lambda noise: env.demonstration(rng.randrange(HELD_OUT), noise)  # noqa: E731
-    policy = tiny_policy((text for _ in range(2000) for turn in demonstration(0.5) for text in turn), seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
+
+    def demonstrations(count, noise):
+        return [env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(count)]
+
+    policy = tiny_policy((text for turns in demonstrations(2000, 0.5) for turn in turns for text in turn), seed)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=max(1, steps))
-    respond = functools.lru_cache(65536)(lambda text: policy.tokenizer(text).input_ids + [policy.end])
+    queue = []
     for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
-        rows = []
-        for turns in (demonstration(noise) for _ in range(batch)):
-            ids = policy.opening("", turns[0][0]) + respond(turns[0][1])
-            for observation, action in turns[1:]:
-                ids += policy.observation(observation, True) + respond(action)
-            rows.append(torch.tensor(ids))
+        if not queue:  # episodes of like length go together: hardly any padding
+            rows = []
+            for (prompt, action), *rest in demonstrations(24 * batch, noise):
+                ids = policy.opening("", prompt) + policy.encode(action) + [policy.end]
+                for observation, action in rest:
+                    ids += policy.answer(observation, True) + policy.encode(action) + [policy.end]
+                rows.append(torch.tensor(ids))
+            rows.sort(key=len)
+            queue = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            rng.shuffle(queue)
+        rows = queue.pop()
         logits = policy.logits(policy.hidden(pad_sequence(rows, batch_first=True)[:, :-1], use_cache=False))  # (B, T-1, V)
         targets = pad_sequence(rows, batch_first=True, padding_value=-100)[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -615,7 +607,7 @@ def clone_behaviour(env, steps, noise, seed=0, batch=48, lr=3e-3):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return policy
 
 
@@ -626,31 +618,34 @@ def warm_start(env, cfg):
     """
     if not hasattr(env, "demonstration"):
         raise UsageError(f"--model tiny learns from demonstrations, and --env {cfg.env} has none: name a model with --model")
-    parts = (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour)
-    key = [TEMPLATE, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, torch.__version__, transformers.__version__]
-    key = json.dumps([cfg.env, *map(inspect.getsource, parts), *key])
+    code = [inspect.getsource(part) for part in (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour)]
+    flags = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise]
+    key = json.dumps([code, TEMPLATE, flags, torch.__version__, transformers.__version__])
     folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.is_dir():
         save_policy(clone_behaviour(env, cfg.warm_steps, cfg.warm_noise), folder)
     return folder
 
 
-def save_policy(policy, folder):
-    """Write model and tokenizer where `from_pretrained` reads them; all or nothing, by a rename."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
-    policy.model.save_pretrained(draft)
-    policy.tokenizer.save_pretrained(draft)
-    draft.replace(folder)
-
-
 # ---------------------------------------------------------------- 6. training, and what it shows
 
 
-def rollout_metrics(trajectories):
-    """Means over a batch. `response_entropy` estimates H_resp: summed token entropies per response, in nats."""
+def train_step(policy, optimizer, environments, cfg, step):
+    """One step of the algorithm: act, credit and modulate, learn. Step 0 measures the starting policy and trains nothing.
+
+    Returns: (metrics, trajectories). `response_entropy` estimates H_resp: summed token entropies per response, in nats.
+    """
+    start = time.perf_counter()
+    seeds = random.Random(f"{cfg.seed}/tasks/{step}").sample(range(HELD_OUT), cfg.groups)
+    trajectories = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}")
+    acted = time.perf_counter()
+    if crashes := [t.error for t in trajectories if t.error]:
+        tqdm.write(f"step {step}: the environment crashed in {len(crashes)} of {len(trajectories)} trajectories\n{crashes[0]}")
+    assign_credit(trajectories, cfg)
+    learned = update(policy, optimizer, trajectories if step else [], cfg, step)
     responses = [r for t in trajectories for r in t.responses]
-    return {
+    return trajectories, {
+        "step": step,
         "success": fmean(t.success for t in trajectories),
         "reward": fmean(t.reward for t in trajectories),
         "response_entropy": fmean(sum(r.entropy) for r in responses),
@@ -660,31 +655,131 @@ def rollout_metrics(trajectories):
         "turns": fmean(len(t.responses) for t in trajectories),
         "response_tokens": fmean(len(r.logp) for r in responses),
         "invalid_actions": fmean(t.invalid for t in trajectories),
-        "env_errors": sum(bool(t.error) for t in trajectories),
+        "env_errors": len(crashes),
+        **learned,
+        "rollout_seconds": acted - start,
+        "update_seconds": time.perf_counter() - acted,
     }
 
 
-def train_step(policy, optimizer, environments, cfg, step):
-    """One step of the algorithm: act, credit and modulate, learn. Returns: (metrics, trajectories)."""
-    start = time.perf_counter()
-    seeds = random.Random(f"{cfg.seed}/tasks/{step}").sample(range(HELD_OUT), cfg.groups)
-    trajectories = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}")
-    acted = time.perf_counter()
-    assign_credit(trajectories, cfg)
-    learned = update(policy, optimizer, trajectories, cfg, step)
-    seconds = {"rollout_seconds": acted - start, "update_seconds": time.perf_counter() - acted}
-    return rollout_metrics(trajectories) | learned | seconds, trajectories
-
-
 def evaluate(policy, environments, cfg):
-    """One sampled rollout of each held-out task, with random numbers of its own, the same each time.
+    """One sampled rollout of each held-out task, with random numbers of its own, the same each time. Returns: metrics."""
+    start, seeds, trajectories = time.perf_counter(), range(HELD_OUT, HELD_OUT + cfg.eval_tasks), []
+    for first in range(0, len(seeds), len(environments)):
+        trajectories += rollout(policy, environments, seeds[first : first + len(environments)], 1, cfg, f"eval/{first}")
+    kinds = {kind: [t.success for t in trajectories if t.task_type == kind] for kind in sorted({t.task_type for t in trajectories})}
+    success = {"eval_success": fmean(t.success for t in trajectories), "eval_by_type": {k: fmean(v) for k, v in kinds.items()}}
+    return success | {"eval_seconds": time.perf_counter() - start}
 
-    Returns: (metrics: success over all and per task type, seconds; trajectories).
+
+def readable(trajectories, step):
+    """The best and the worst trajectory of the group whose alphas differ most, as text with each response's numbers."""
+    chosen = max(trajectories, key=lambda t: max((r.alpha for r in t.responses), default=0)).group
+    group, text = sorted((t for t in trajectories if t.group == chosen), key=lambda t: t.reward), ""
+    for t in (group[-1], group[0]):
+        text += f"=== step {step}, {t.task_type} task, reward {t.reward:.1f} after {len(t.responses)} turns\n{t.prompt}\n"
+        for r in t.responses:
+            text += f"  > {r.text:<40} H_bar {r.h_bar:.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}\n{r.observation}\n"
+        text += t.error + "\n"
+    return text
+
+
+def plot_curves(run):
+    """Draw curves.png from metrics.jsonl alone."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no curves.png, for want of matplotlib: pip install matplotlib", file=sys.stderr)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    column = {name: [r[name] for r in rows] for name in rows[0] if not name.startswith("eval")}
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    success, entropy, alpha = figure.subplots(1, 3)
+    success.plot(column["step"], column["success"], color="tab:gray", label="training tasks")
+    held_out = [(r["step"], r["eval_success"]) for r in rows if "eval_success" in r]
+    success.plot(*zip(*held_out), "o-", color="tab:blue", label="held-out tasks")
+    success.set(title="Success", ylabel="share of trajectories", ylim=(0, 1))
+    entropy.plot(column["step"], column["response_entropy"], color="tab:orange", label="mean over responses")
+    entropy.set(title="Response entropy", ylabel="nats", ylim=(0, None))
+    alpha.fill_between(column["step"], column["alpha_min"], column["alpha_max"], alpha=0.3, color="tab:green", label="smallest to largest")
+    alpha.axhline(1, color="black", linewidth=0.8, label="no modulation")
+    alpha.set(title="AEM's coefficient alpha", ylabel="alpha", ylim=(0, None))
+    for axis in (success, entropy, alpha):
+        axis.set_xlabel("training step")
+        axis.legend()
+    figure.savefig(run / "curves.png", dpi=120)
+
+
+def run_folder(cfg):
+    """A name for the run's folder that is free. Raises UsageError if it is taken or can't be written."""
+    name = cfg.name or f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out).close()
+    except OSError as error:
+        raise UsageError(f"cannot write to --out {cfg.out} ({error.strerror}): name another folder") from None
+    if cfg.name and (Path(cfg.out) / name).exists():
+        raise UsageError(f"--name {name} is taken in {cfg.out}: choose another, or delete that run")
+    return next(f for i in range(1, 10**6) if not (f := Path(cfg.out) / (f"{name}-{i}" if i > 1 else name)).exists())
+
+
+def report(rows, run, seconds):
+    """The closing table: held-out success before and after, per task type, and where the time went."""
+    before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
+    spent = [f"{part} {sum(r.get(part + '_seconds', 0) for r in rows):.0f} s" for part in ("rollout", "update", "eval")]
+    lines = [f"{'held-out success':<20}{'before':>8}{'after':>8}", *(f"{k:<20}{before[k]:>8.1%}{after[k]:>8.1%}" for k in after)]
+    return "\n".join([*lines, f"{seconds:.0f} s in all: {', '.join(spent)}", f"look at {run}/curves.png and {run}/trajectories.txt"])
+
+
+def train(cfg):
+    """Train a policy. Returns the metrics rows, as in metrics.jsonl; the run's folder holds everything else.
+
+    Raises UsageError for what the user can fix, before any expensive work.
     """
-    start, trajectories = time.perf_counter(), []
-    for first in range(0, cfg.eval_tasks, len(environments)):
-        seeds = range(HELD_OUT + first, HELD_OUT + min(first + len(environments), cfg.eval_tasks))
-        trajectories += rollout(policy, environments, seeds, 1, cfg, f"eval/{first}")
-    kinds = {k: [t.success for t in trajectories if t.task_type == k] for k in sorted({t.task_type for t in trajectories})}
-    metrics = {"eval_success": fmean(t.success for t in trajectories), "eval_by_type": {k: fmean(v) for k, v in kinds.items()}}
-    return metrics | {"eval_seconds": time.perf_counter() - start}, trajectories
+    cfg.check()
+    start, run = time.perf_counter(), run_folder(cfg)
+    try:
+        settings = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
+        environments = [envs.make(cfg.env, **settings) for _ in range(cfg.groups * cfg.group_size)]
+    except ValueError as error:
+        raise UsageError(f"--env: {error}") from None
+    policy = load_policy(cfg, warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model)
+    lr = cfg.lr if cfg.lr is not None else 3e-4 if policy.model.num_parameters() < 1e7 else 1e-6
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+    rows, bar = [], tqdm(range(cfg.steps + 1), desc=run.name, unit="step")
+    try:
+        for step in bar:
+            trajectories, row = train_step(policy, optimizer, environments, cfg, step)
+            if step % cfg.eval_every == 0 or step == cfg.steps:
+                row |= evaluate(policy, environments, cfg)
+                with open(run / "trajectories.txt", "a") as file:
+                    file.write(readable(trajectories, step))
+            rows.append(row)
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            shown = {k: f"{row[v]:.2f}" for k, v in (("success", "success"), ("reward", "reward"), ("H", "response_entropy"))}
+            bar.set_postfix(shown, alpha=f"{row['alpha_min']:.2f}..{row['alpha_max']:.2f}")
+    finally:  # also on Ctrl-C: what was learned is kept
+        save_policy(policy, run / "checkpoint")
+        plot_curves(run)
+    print(report(rows, run, time.perf_counter() - start))
+    return rows
+
+
+def main():
+    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False, usage="python aem.py [--flag value ...]")
+    cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    try:
+        if unknown:
+            raise UsageError(f"unknown flag {unknown[0]}: python aem.py --help lists them all")
+        train(cfg)
+    except UsageError as error:
+        print(f"aem.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

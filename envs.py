@@ -20,27 +20,23 @@ import importlib
 import random
 import re
 
-# A room: fixtures it always has, further places of which some are drawn, and the objects found there.
+# room: (its receptacles, the objects that may lie in them)
 ROOMS = {
     "kitchen": (
-        ["fridge", "microwave", "sinkbasin"],
-        ["countertop", "cabinet", "drawer", "shelf", "table"],
-        ["apple", "potato", "tomato", "egg", "bread", "mug", "cup", "plate", "knife", "pan"],
+        ["fridge", "microwave", "sinkbasin", "countertop", "cabinet", "drawer"],
+        ["apple", "potato", "tomato", "egg", "bread", "mug", "plate", "cup"],
     ),
     "bathroom": (
-        ["sinkbasin"],
-        ["bathtub", "cabinet", "shelf", "drawer", "toilet", "hamper"],
+        ["sinkbasin", "bathtub", "toilet", "cabinet", "shelf", "drawer"],
         ["cloth", "towel", "soapbar", "soapbottle", "spraybottle", "candle"],
     ),
     "bedroom": (
-        ["bed"],
-        ["desk", "dresser", "shelf", "drawer", "nightstand", "armchair"],
-        ["book", "pen", "pencil", "laptop", "cellphone", "keychain", "creditcard", "pillow"],
+        ["bed", "desk", "dresser", "armchair", "shelf", "drawer"],
+        ["book", "pen", "laptop", "cellphone", "keychain", "pillow"],
     ),
     "livingroom": (
-        ["sofa"],
-        ["coffeetable", "tvstand", "armchair", "shelf", "drawer", "sidetable"],
-        ["book", "box", "newspaper", "remotecontrol", "vase", "watch", "statue", "laptop"],
+        ["sofa", "coffeetable", "tvstand", "armchair", "shelf", "drawer"],
+        ["book", "box", "newspaper", "remotecontrol", "vase", "watch"],
     ),
 }
 # ALFWorld's six task types: (rooms that can host it, what the agent is told).
@@ -53,20 +49,14 @@ TASKS = {
     "two": (("kitchen", "bathroom", "bedroom", "livingroom"), "put two {object} in the {target}"),
 }
 TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> the fixture that does it
-NOT_HEATED = {"knife", "pan"}  # never asked for hot or cool
 HAND = "hand"
-
-
-def _listing(names):
-    """`["apple", "mug"]` -> `"an apple, a mug"`; nothing -> `"nothing"`."""
-    return ", ".join(("an " if n[0] in "aeiou" else "a ") + n for n in names) or "nothing"
 
 
 class Household:
     """A miniature of ALFWorld: find hidden objects in a room, change them, put them somewhere. Text in, text out.
 
-    A task is one of six types in one of four rooms with `places` receptacles. What a receptacle holds is seen only
-    on going there, and the agent carries one object at a time. Actions: `go to P`, `take O from P`, `put O in P`,
+    A task is one of six types in one of four rooms with six receptacles. What a receptacle holds is seen only on
+    going there, and the agent carries one object at a time. Actions: `go to P`, `take O from P`, `put O in P`,
     `clean|heat|cool O with P`, `use desklamp`, `look`.
 
     Reward, as in the paper: 10 for solving the task (which ends the episode), 0 otherwise, -0.1 for an invalid action.
@@ -80,21 +70,17 @@ class Household:
         "use desklamp; look.\nReply with one action and nothing else, for example: go to drawer"
     )
 
-    def __init__(self, max_turns=12, places=6):
-        if max_turns < 1 or not 5 <= places <= 6:
-            raise ValueError(f"Household needs max_turns >= 1 and 5 or 6 places, got {max_turns} and {places}")
-        self.max_turns, self.n_places, self.rng = max_turns, places, random.Random()
-        self.done = True  # until the first reset
+    def __init__(self, max_turns=12):
+        self.max_turns, self.rng = max_turns, random.Random()
+        self.reset()
 
     def reset(self, *, seed=None, options=None):
         """Start a task. Returns `(observation, info)`; without a seed the task is drawn from the env's own RNG."""
         rng = self.rng = random.Random(seed) if seed is not None else self.rng
         self.kind = rng.choice(list(TASKS))
         self.room = rng.choice(TASKS[self.kind][0])
-        fixtures, further, names = ROOMS[self.room]
-        self.places = fixtures + rng.sample(further, self.n_places - len(fixtures))
-        rng.shuffle(self.places)
-        names = [n for n in names if self.kind not in ("heat", "cool") or n not in NOT_HEATED]
+        places, names = ROOMS[self.room]
+        self.places = rng.sample(places, len(places))  # listed in random order
         self.object = rng.choice(names)
         self.target = rng.choice([p for p in self.places if p != TOOLS.get(self.kind)]) if self.kind != "examine" else None
         # [name, place, state]: the objects asked for lie anywhere but at the target, among others
@@ -106,7 +92,7 @@ class Household:
         self.here, self.turns, self.seen = None, 0, set()
         self.examined = self.solved = self.done = False
         task = TASKS[self.kind][1].format(object=self.object, target=self.target)
-        return f"You are in the {self.room}. You see {_listing(self.places)}. Your task: {task}.", {"task_type": self.kind}
+        return f"You are in the {self.room}. {self._listing(self.places)} Your task: {task}.", {"task_type": self.kind}
 
     def admissible(self):
         """The actions that can be carried out now, a list of text in a fixed order."""
@@ -146,21 +132,24 @@ class Household:
         elif verb == "take":
             held = next(o for o in self.objects if o[0] == words[0] and o[1] == self.here)
             held[1] = HAND
-            return f"You take the {words[0]} from the {self.here}."
+            return f"You take the {words[0]}."
         elif verb == "put":
             held[1] = self.here
-            return f"You put the {words[0]} in the {self.here}."
+            return f"You put the {words[0]} down."
         elif verb in TOOLS:
             held[2] = verb  # a heated object that is cooled is no longer hot
-            return f"You {verb} the {words[0]} with the {self.here}."
+            return f"You {verb} the {words[0]}."
         elif verb == "use":
             self.examined = held is not None and held[0] == self.object
             return "You turn on the desklamp."
         if self.here is None:  # look, before having gone anywhere
-            return f"You see {_listing(self.places)}."
+            return self._listing(self.places)
         self.seen.add(self.here)
         found = ["desklamp"] * (self.here == self.lamp) + [o[0] for o in self.objects if o[1] == self.here]
-        return f"At the {self.here} you see {_listing(found)}."
+        return self._listing(found)
+
+    def _listing(self, names):
+        return f"You see {', '.join(names) or 'nothing'}."
 
     def _held(self):
         return next((o for o in self.objects if o[1] == HAND), None)
@@ -197,15 +186,19 @@ class Household:
             place = rng.choice([p for p in self.places if p not in self.seen and p != self.target])
         return f"go to {place}" if place != self.here else None
 
+    def _slip(self, rng):
+        """A random action, now and then an impossible one."""
+        return rng.choice(self.admissible() + [f"take {rng.choice(ROOMS[self.room][1])} from {rng.choice(self.places)}"])
+
     def demonstration(self, seed, noise=0.0):
-        """One scripted episode: the expert, but each action is replaced by a random admissible one with chance `noise`.
+        """One scripted episode: the expert, but each action is replaced by a random one with chance `noise`.
 
         Returns `[(observation, action), ...]`, the first observation being the task's. It may well fail.
         """
         rng = random.Random(f"demonstration/{seed}")
         observation, turns = self.reset(seed=seed)[0], []
         while not self.done:
-            action = rng.choice(self.admissible()) if rng.random() < noise else self.expert(rng)
+            action = self._slip(rng) if rng.random() < noise else self.expert(rng)
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns

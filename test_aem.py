@@ -1,0 +1,665 @@
+"""Tests of aem.py and envs.py: numbers derived by hand, slow obvious twins of every fast path, a tiny run that must learn.
+
+    pytest -q          # offline, on a CPU, about two minutes
+"""
+
+import copy
+import doctest
+import json
+import math
+import random
+import sys
+
+import pytest
+import torch
+import transformers
+
+import aem
+import envs
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA3 = """{% for m in messages %}<|im_start|>{{ m.role }}<|user|>
+
+{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|user|>
+
+{% endif %}"""
+
+
+class Echo:
+    """The task names a word; saying it solves the task. Three turns; a wrong word is answered at some length."""
+
+    words = ["red", "green", "blue", "black"]
+
+    def reset(self, *, seed=None):
+        self.word, self.turns = random.Random(seed).choice(self.words), 0
+        return f"Say {self.word}.", {"task_type": self.word}
+
+    def step(self, text):
+        self.turns += 1
+        success = text.strip() == self.word
+        answer = "No." + " Try again." * self.turns
+        return answer, 10.0 * success, success, self.turns >= 3 and not success, {"success": success, "invalid": not text.strip()}
+
+    def demonstration(self, seed, noise):
+        observation, rng = self.reset(seed=seed)[0], random.Random(seed)
+        return [(o, rng.choice(self.words)) for o in (observation, "No. Try again.", "No. Try again. Try again.")]
+
+
+class Crashing(Echo):
+    """Crashes at its second step in odd tasks, and on opening every seventh."""
+
+    def reset(self, *, seed=None):
+        self.seed = seed
+        if seed % 7 == 0:
+            raise OSError("no such task")
+        return super().reset(seed=seed)
+
+    def step(self, text):
+        if self.turns == 1 and self.seed % 2:
+            raise RuntimeError("boom")
+        return super().step(text)
+
+
+def config(**changes):
+    return aem.Config(**{"device": "cpu", "groups": 4, "group_size": 4, "max_turns": 3, "max_response_tokens": 6} | changes)
+
+
+def texts():
+    return [text for i in range(200) for turn in envs.Household().demonstration(i, 0.5) for text in turn]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """An untrained embedded policy: it answers at random, so responses have all lengths and often hit the limit."""
+    return aem.tiny_policy(texts(), 0)
+
+
+@pytest.fixture(scope="module")
+def played(tiny):
+    """A batch of trajectories with credit assigned; rewards are random, so that advantages vary."""
+    cfg = config()
+    trajectories = aem.rollout(tiny, [envs.Household(3) for _ in range(16)], [1, 2, 3, 4], 4, cfg, "test")
+    rng = random.Random(0)
+    for t in trajectories:
+        t.reward = rng.choice([0.0, 10.0])
+    aem.assign_credit(trajectories, cfg)
+    return trajectories
+
+
+def gradients(policy, trajectories, cfg):
+    policy.model.zero_grad()
+    sums = aem.accumulate_gradients(policy, trajectories, cfg)
+    grads = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+    policy.model.zero_grad()
+    return sums, grads
+
+
+# ---------------------------------------------------------------- the method
+
+
+def test_docstring_examples_run():
+    result = doctest.testmod(aem)
+    assert result.attempted >= 3 and not result.failed
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e30])
+def test_token_stats_equals_float64_brute_force(scale):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 5, 11, generator=generator) * scale
+    logits[..., 3] = -math.inf
+    ids = torch.randint(0, 3, (7, 5), generator=generator)
+    p = torch.softmax(logits.double(), -1)
+    slow_entropy = -torch.where(p > 0, p * torch.log(p), 0.0).sum(-1)
+    slow_logp = torch.log_softmax(logits.double(), -1).gather(-1, ids[..., None])[..., 0]
+    logp, entropy = aem.token_stats(logits, ids)
+    assert logp.dtype == entropy.dtype == torch.float32 and logp.shape == entropy.shape == (7, 5)
+    assert torch.allclose(entropy.double(), slow_entropy, atol=1e-5)
+    assert torch.allclose(logp.double(), slow_logp, rtol=1e-5, atol=1e-5)
+    assert (entropy >= 0).all() and (entropy <= math.log(10) + 1e-5).all()
+
+
+def test_token_stats_edges():
+    logits = torch.full((3, 4), -math.inf)
+    logits[:, 1] = 5.0  # one possible token
+    logp, entropy = aem.token_stats(logits, torch.tensor([1, 0, 1]))
+    assert logp.tolist() == [0.0, -math.inf, 0.0] and entropy.tolist() == [0.0] * 3
+    assert aem.token_stats(torch.randn(6, 9).bfloat16(), torch.zeros(6, dtype=torch.long))[1].dtype == torch.float32
+    x = torch.randn(5, 8, requires_grad=True)
+    aem.token_stats(x, torch.arange(5))[0].sum().backward()
+    assert torch.allclose(x.grad, torch.eye(5, 8) - x.softmax(-1).detach(), atol=1e-6)  # d log p_y / d z = 1[y] - p
+
+
+def slow_alpha(entropy, group, lam, min_range):
+    alpha = []
+    for h, g in zip(entropy, group):
+        members = [x for x, other in zip(entropy, group) if other == g]
+        low, high = min(members), max(members)
+        if high - low < min_range or high == low:
+            alpha.append(1.0)
+        else:
+            weights = [math.exp(-lam * (x - low) / (high - low)) for x in members]
+            alpha.append(math.exp(-lam * (h - low) / (high - low)) / (sum(weights) / len(weights)))
+    return alpha
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 2.0])
+def test_alpha_equals_a_slow_loop_and_has_its_properties(lam):
+    generator = torch.Generator().manual_seed(1)
+    entropy = torch.rand(200, generator=generator, dtype=torch.float64) * 2
+    group = torch.randint(-3, 20, (200,), generator=generator)
+    alpha = aem.aem_coefficients(entropy, group, lam)
+    assert torch.allclose(alpha, torch.tensor(slow_alpha(entropy.tolist(), group.tolist(), lam, 0.1), dtype=torch.float64))
+    for g in group.unique():
+        a, h = alpha[group == g], entropy[group == g]
+        assert abs(a.mean() - 1) < 1e-9  # self-calibrating
+        assert a.max() / a.min() <= math.exp(lam) + 1e-9
+        order = h.argsort()
+        assert lam == 0 or (a[order].diff() < 0).all()  # order-reversing
+    assert (alpha > 0).all()  # the sign of A is kept
+    for same in (entropy + 3, entropy * 7):  # shift and scale of H_bar do not matter
+        assert torch.allclose(aem.aem_coefficients(same, group, lam), alpha)
+    shuffled = torch.randperm(200, generator=generator)
+    assert torch.allclose(aem.aem_coefficients(entropy[shuffled], group[shuffled], lam), alpha[shuffled])
+
+
+def test_alpha_edges():
+    group = torch.zeros(3, dtype=torch.long)
+    assert aem.aem_coefficients(torch.tensor([0.50, 0.55, 0.59]), group).tolist() == [1.0] * 3  # below the gate
+    assert aem.aem_coefficients(torch.tensor([0.50, 0.55, 0.59]), group, min_range=0.05).max() > 1
+    assert aem.aem_coefficients(torch.tensor([0.5]), group[:1], min_range=0.0).tolist() == [1.0]
+    assert aem.aem_coefficients(torch.tensor([0.5] * 3), group, min_range=0.0).tolist() == [1.0] * 3
+    assert aem.aem_coefficients(torch.tensor([0.1, 2.0, 0.3]), group, lam=0.0).tolist() == [1.0] * 3
+    assert aem.aem_coefficients(torch.zeros(0), group[:0]).shape == (0,)
+    alpha = aem.aem_coefficients(torch.tensor([0.0, 1.0]), group[:2])  # by hand: 1 and 1/e, over their mean
+    assert alpha.tolist() == pytest.approx([2 / (1 + 1 / math.e), 2 / (1 + math.e)], abs=1e-6)
+    advantage = torch.tensor([1.0, -1.0])
+    assert abs((alpha * advantage).sum()) > 0.5  # the sum over a group is not preserved
+
+
+def test_alpha_minimises_its_variational_form():
+    h = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
+    weight = aem.aem_coefficients(h, torch.zeros(4), lam=1.7) / 4
+
+    def objective(w):
+        return (w * h).sum() + (w * (w * 4).log()).sum() / 1.7  # sum_i w_i H~_i + KL(w || uniform) / lambda
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        other = torch.softmax(weight.log() + 0.1 * torch.randn(4, generator=generator, dtype=torch.float64), 0)
+        assert objective(weight) <= objective(other)
+
+
+def test_grpo_golden_numbers():
+    rewards, group = torch.tensor([1.0, 0, 0, 0, 0, 10, 10, 10]), torch.tensor([5, 5, 5, 5, 2, 2, 2, 2])
+    expected = [1.499997, -0.499999, -0.499999, -0.499999, -1.5, 0.5, 0.5, 0.5]
+    assert aem.group_advantages(rewards, group).tolist() == pytest.approx(expected, abs=1e-6)
+    # a two-turn win against a ten-turn loss: statistics run over trajectories, turns do not enter
+    assert aem.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).tolist() == pytest.approx([0.70710578, -0.70710578], abs=1e-6)
+    with pytest.raises(ValueError, match="one trajectory"):
+        aem.group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
+
+
+@pytest.mark.parametrize("estimator", list(aem.ESTIMATORS))
+def test_equal_rewards_give_exactly_zero(estimator):
+    for reward in (0.0, 0.1, 0.7, 9.9, 1e6):
+        for size in range(2, 65):
+            advantage = aem.group_advantages(torch.full((size,), reward), torch.zeros(size, dtype=torch.long), estimator)
+            assert (advantage == 0).all(), (reward, size)
+
+
+def test_clipped_loss_by_hand():
+    old = torch.zeros(6)
+    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 1.1])
+    advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
+    loss, clipped = aem.clipped_loss(ratio.log(), old, advantage, 0.2, 0.2)
+    assert loss.tolist() == pytest.approx([-2.0, -2.4, -1.0, 3.0, 1.6, 2.2], abs=1e-5)
+    assert clipped.tolist() == [False, True, False, False, True, False]
+    loss, _ = aem.clipped_loss(ratio.log(), old, advantage, 0.2, 0.28)
+    assert loss[1].item() == pytest.approx(-2.56, abs=1e-5)
+
+
+# ---------------------------------------------------------------- rollout
+
+
+def random_model(family, vocabulary):
+    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, initializer_range=0.3, attention_dropout=0.5)
+    config = {
+        "qwen2": lambda: transformers.Qwen2Config(**shape),
+        "qwen3": lambda: transformers.Qwen3Config(head_dim=8, **shape),
+        "llama": lambda: transformers.LlamaConfig(**shape),
+    }[family]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_cached_rollout_equals_a_full_forward(family, tiny):
+    policy = aem.Policy(random_model(family, len(tiny.tokenizer)), tiny.tokenizer, temperature=0.7)
+    environments = [envs.Household(5) for _ in range(8)]
+    trajectories = aem.rollout(policy, environments, [1, 2], 4, config(max_turns=5, max_response_tokens=7), family)
+    assert len({len(t.ids) for t in trajectories}) > 3  # ragged
+    for t in trajectories:
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([t.ids])).logits[0] / 0.7  # (T, V): fresh, alone, without a cache
+        for r in t.responses:
+            end = r.start + len(r.logp)
+            logp, entropy = aem.token_stats(logits[r.start - 1 : end - 1], torch.tensor(t.ids[r.start : end]))
+            assert torch.allclose(logp, torch.tensor(r.logp), atol=1e-4)
+            assert torch.allclose(entropy, torch.tensor(r.entropy), atol=1e-4)
+    policy.model.train()  # the update's path: padded, in training mode, where dropout would show
+    old = torch.tensor([x for t in trajectories for r in t.responses for x in r.logp])
+    assert torch.allclose(aem.sampled_logps(policy, trajectories), old, atol=1e-4)
+
+
+def test_a_trajectory_does_not_depend_on_its_batch(tiny):
+    cfg, seeds = config(max_turns=4), [1, 2, 3]
+    together = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "x")
+    fewer = aem.rollout(tiny, [envs.Household(4) for _ in range(2)], seeds[:1], 2, cfg, "x")
+    assert [t.ids for t in fewer] == [t.ids for t in together[:2]]
+    assert together[0].ids != together[1].ids
+    assert [t.ids for t in aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")] != [t.ids for t in together]
+
+
+def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
+    cut = ended = 0
+    for t in played:
+        ids = tiny.opening(envs.Household.instructions, t.prompt)
+        for i, r in enumerate(t.responses):  # prompt + response + observation + ..., nothing else, nothing encoded twice
+            assert r.start == len(ids) and len(r.logp) == len(r.entropy) > 0
+            response = t.ids[r.start : r.start + len(r.logp)]
+            assert tiny.end not in response[:-1]  # it ends a response, and counts as part of it
+            done = response[-1] == tiny.end
+            cut, ended = cut + (not done), ended + done
+            ids = ids + response + (tiny.answer(r.observation, done) if i + 1 < len(t.responses) else [])
+            assert tiny.tokenizer.decode(response, skip_special_tokens=True) == r.text
+        assert ids == t.ids
+    assert cut > 3 and ended > 3
+
+
+@pytest.mark.parametrize("template", [aem.TEMPLATE, CHATML, LLAMA3])
+def test_appended_ids_equal_the_whole_conversation_rendered(tiny, template):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    policy = aem.Policy(tiny.model, tokenizer)
+    assert tokenizer.decode([policy.end]) == ("<|im_end|>" if template == CHATML else "<|end|>")
+    rng, words = random.Random(0), ["go", "to", "drawer", "mug", "You", "see"]
+    for ended in (True, False) * 20:
+        messages = [{"role": "user", "content": " ".join(rng.choices(words, k=4))}]
+        ids = policy.opening("", messages[0]["content"])
+        for _ in range(rng.randint(1, 4)):
+            response, observation = " ".join(rng.choices(words, k=2)), " ".join(rng.choices(words, k=5)) + "."
+            messages += [{"role": "assistant", "content": response}, {"role": "user", "content": observation}]
+            ids = ids + policy.encode(response) + [policy.end] * ended + policy.answer(observation, ended)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_sampling_is_the_inverse_cdf():
+    logits = torch.tensor([[math.log(0.2), -math.inf, math.log(0.5), math.log(0.3), -math.inf]])
+    points = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
+    assert aem.sample(logits.expand(6, -1), points).tolist() == [0, 0, 2, 2, 3, 3]  # never one of probability 0
+    many = aem.sample(logits.expand(20000, -1), torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert (many.bincount(minlength=5) / 20000).tolist() == pytest.approx([0.2, 0, 0.5, 0.3, 0], abs=0.015)
+
+
+def test_a_crashing_environment_fails_only_its_own_trajectories(tiny):
+    cfg = config()
+    trajectories = aem.rollout(tiny, [Crashing() for _ in range(16)], [2, 3, 4, 7], 4, cfg, "crash")
+    failed = [t.group for t in trajectories if t.error]
+    assert set(failed) == {1, 3} and failed.count(3) == 4
+    assert all("boom" in t.error for t in trajectories if t.group == 1 and t.error)
+    assert all("no such task" in t.error and not t.ids for t in trajectories if t.group == 3)
+    trajectories[0].reward = 10.0
+    aem.assign_credit(trajectories, cfg)
+    assert all(r.advantage == 0 for t in trajectories if t.error for r in t.responses)
+    optimizer = torch.optim.SGD(tiny.model.parameters(), lr=0.0)
+    assert aem.update(tiny, optimizer, trajectories, cfg, 1)["updates"] == 1
+
+
+def test_trajectories_end_at_the_length_limit(tiny):
+    cfg = config(max_turns=50, max_length=90)
+    for t in aem.rollout(tiny, [envs.Household(50) for _ in range(4)], [1, 2], 2, cfg, "long"):
+        assert 1 < len(t.responses) < 50 and len(t.ids) <= 90 and t.done and not t.success
+
+
+# ---------------------------------------------------------------- update
+
+
+def test_modulated_advantages_against_a_slow_loop(played):
+    alpha = slow_alpha([r.h_bar for t in played for r in t.responses], [t.group for t in played for _ in t.responses], 1.0, 0.1)
+    assert [r.alpha for t in played for r in t.responses] == pytest.approx(alpha, abs=1e-5)
+    assert max(alpha) > 1.05
+    for t in played:
+        rewards = [other.reward for other in played if other.group == t.group]
+        mean = sum(rewards) / 4
+        std = math.sqrt(sum((x - mean) ** 2 for x in rewards) / 3)
+        for r in t.responses:
+            assert r.h_bar == pytest.approx(sum(r.entropy) / len(r.entropy))
+            assert r.advantage == pytest.approx(r.alpha * (t.reward - mean) / (std + 1e-6), abs=1e-5)
+
+
+def test_loss_and_gradient_equal_a_slow_loop(tiny, played):
+    policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer)
+    with torch.no_grad():  # off-policy: ratios away from 1, so that both clips act
+        for p in policy.model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    (loss, tokens, clipped, _), fast = gradients(policy, played, config())
+    total = 0.0
+    for t in played:  # mean over trajectories of the mean over their sampled tokens
+        logp = torch.log_softmax(policy.model(torch.tensor([t.ids])).logits[0], -1)
+        losses = []
+        for r in t.responses:
+            for i, old in enumerate(r.logp):
+                ratio = torch.exp(logp[r.start + i - 1, t.ids[r.start + i]] - old)
+                losses.append(torch.max(-r.advantage * ratio, -r.advantage * ratio.clamp(0.8, 1.2)))
+        total = total + sum(losses) / len(losses) / len(played)
+    total.backward()
+    slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert loss == pytest.approx(total.item(), abs=1e-5) and 0 < clipped < tokens
+    assert torch.allclose(fast, slow, atol=1e-5) and slow.norm() > 0.01
+
+
+def test_micro_batches_padding_and_checkpointing_change_nothing(tiny, played):
+    policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer)
+    (loss, *_), whole = gradients(policy, played, config(micro_batch_tokens=10**6))
+    assert whole.norm() > 0.01
+    for budget in (1, 150, 400):
+        (other, *_), grads = gradients(policy, played, config(micro_batch_tokens=budget))
+        assert other == pytest.approx(loss, abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
+    reversed_loss, grads = gradients(policy, played[::-1], config())
+    assert reversed_loss[0] == pytest.approx(loss, abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.allclose(gradients(policy, played, config())[1], whole, atol=1e-6)
+
+
+def test_micro_batches_hold_everything_within_the_budget(played):
+    for budget in (1, 100, 500, 10**6):
+        batches = list(aem.micro_batches(played, budget))
+        assert sorted(id(t) for b in batches for t in b) == sorted(map(id, played))
+        assert all(len(b) == 1 or len(b) * max(len(t.ids) for t in b) <= budget for b in batches)
+
+
+def test_only_sampled_positions_get_gradient(tiny, played):
+    policy, seen = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer), []
+    policy.body.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state) or seen[-1].retain_grad())
+    aem.sampled_logps(policy, played).sum().backward()
+    touched = seen[0].grad.abs().sum(-1) > 0  # (B, T)
+    for row, t in enumerate(played):
+        predicting = {r.start + i - 1 for r in t.responses for i in range(len(r.logp))}
+        assert set(touched[row].nonzero().flatten().tolist()) == predicting
+
+
+class Bigram(torch.nn.Module):
+    """A tabular policy: the logits of the next token are a row of a table, chosen by the last token."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.table = torch.nn.Embedding(size, size)
+        self.head = torch.nn.Linear(size, size, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.eye(size), requires_grad=False)
+        self.device = torch.device("cpu")
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def get_decoder(self):
+        return lambda input_ids, **kwargs: transformers.modeling_outputs.BaseModelOutput(last_hidden_state=self.table(input_ids))
+
+
+def test_gradient_of_a_tabular_policy_by_hand(tiny, played):
+    size = len(tiny.tokenizer)
+    policy = aem.Policy(Bigram(size), tiny.tokenizer)
+    p = policy.model.table.weight.detach().softmax(-1)
+    trajectories = copy.deepcopy(played)
+    expected = torch.zeros(size, size)
+    for t in trajectories:
+        length = sum(len(r.logp) for r in t.responses)
+        for r in t.responses:
+            for i in range(len(r.logp)):
+                state, token = t.ids[r.start + i - 1], t.ids[r.start + i]
+                r.logp[i] = p[state, token].log().item()  # on-policy: the ratio is 1
+                score = torch.nn.functional.one_hot(torch.tensor(token), size) - p[state]  # grad log pi
+                expected[state] -= r.advantage * score / length / len(trajectories)
+    aem.accumulate_gradients(policy, trajectories, config())
+    assert torch.allclose(policy.model.table.weight.grad, expected, atol=1e-6) and expected.norm() > 0.01
+
+
+def test_update_counts_and_skips(tiny, played):
+    policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+    before = copy.deepcopy(policy.model.state_dict())
+
+    def moved():
+        return any(not torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+
+    flat = copy.deepcopy(played)
+    for t in flat:
+        t.reward = 0.1
+    aem.assign_credit(flat, config())
+    assert aem.update(policy, optimizer, flat, config(), 1)["updates"] == 0 and not moved()  # nothing varies: no step
+    broken = copy.deepcopy(played)
+    broken[0].responses[0].logp[0] = math.nan
+    metrics = aem.update(policy, optimizer, broken, config(), 1)
+    assert metrics["skipped_updates"] == 1 and metrics["updates"] == 0 and not moved()
+    metrics = aem.update(policy, optimizer, played, config(epochs=2, minibatches=3), 1)
+    assert metrics["updates"] == 6 and metrics["skipped_updates"] == 0 and moved()
+    assert metrics["logp_gap"] < 1e-5  # measured before the first step; later minibatches are off-policy
+
+
+# ---------------------------------------------------------------- environments
+
+
+def test_household_expert_solves_every_task():
+    env, kinds = envs.make("household"), set()
+    for seed in range(500):
+        turns = env.demonstration(seed)
+        assert env.solved and len(turns) <= 12, (seed, turns)
+        kinds.add(env.kind)
+    assert kinds == set(envs.TASKS)
+    noisy = [env.demonstration(seed, 0.5) and env.solved for seed in range(200)]
+    assert 0.2 < sum(noisy) / 200 < 0.8  # demonstrations that are sometimes right
+
+
+def test_household_is_deterministic_and_rewards_as_it_says():
+    def play(seed):
+        env, rng = envs.Household(), random.Random(seed)
+        log = [env.reset(seed=seed)]
+        while not env.done:
+            log.append(env.step(rng.choice(env.admissible() + ["dance"])))
+        return log
+
+    assert all(play(seed) == play(seed) for seed in range(50))
+    assert len({str(play(seed)[0]) for seed in range(50)}) > 45
+    for seed in range(200):
+        *steps, last = play(seed)[1:]
+        for observation, reward, terminated, truncated, info in steps:
+            assert reward == -0.1 * info["invalid"] and not terminated and not truncated
+            assert (observation == "Nothing happens.") == info["invalid"]
+        assert last[2] != last[3] and last[2] == last[4]["success"]
+        assert last[1] == pytest.approx(10 * last[2] - 0.1 * last[4]["invalid"])
+
+
+def test_household_survives_rubbish():
+    env, rng = envs.Household(), random.Random(0)
+    words = "go to take put in from clean with use the desklamp fridge apple \n \t '\"` \x00 é 漢 <|end|> {} % [0] None".split(" ")
+    env.reset(seed=0)
+    for i in range(10000):
+        text = " ".join(rng.choices(words, k=rng.randint(0, 6))) if i % 2 else "".join(map(chr, rng.choices(range(1, 0x2FFF), k=9)))
+        observation, reward, terminated, truncated, info = env.step(text)
+        assert isinstance(observation, str) and reward in (0.0, -0.1, 10.0, 9.9)
+        if terminated or truncated:
+            env.step("look")  # after the end: still an answer
+            env.reset(seed=i)
+
+
+def test_household_reads_actions_as_a_person_writes_them():
+    env = envs.Household()
+    env.reset(seed=1)
+    assert not env.step(f"  Go to the {env.places[0].upper()}. ")[4]["invalid"] and env.here == env.places[0]
+    assert env.step("go to the moon")[4]["invalid"]
+
+
+def test_a_task_is_solved_only_as_asked():
+    env = envs.Household()
+    kinds = iter(range(10**6))
+    while env.reset(seed=next(kinds))[1]["task_type"] != "heat":
+        pass
+    raw = next(o for o in env.objects if o[0] == env.object)
+    for action in (f"go to {raw[1]}", f"take {raw[0]} from {raw[1]}", f"go to {env.target}"):
+        env.step(action)
+    assert not env.step(f"put {raw[0]} in {env.target}")[4]["success"]  # in place, but cold
+    for action in (f"take {raw[0]} from {env.target}", "go to microwave", f"heat {raw[0]} with microwave", f"go to {env.target}"):
+        assert not env.step(action)[4]["success"]
+    assert env.step(f"put {raw[0]} in {env.target}")[1:3] == (10.0, True)
+
+
+def test_training_and_evaluation_tasks_do_not_overlap():
+    def tasks(seeds):
+        env = envs.Household()
+        return {(env.reset(seed=s)[0], str(env.objects), env.lamp) for s in seeds}
+
+    held_out = tasks(range(aem.HELD_OUT, aem.HELD_OUT + 1000))
+    trained = tasks(random.Random(0).sample(range(aem.HELD_OUT), 10000))
+    assert len(held_out & trained) <= 10  # other seeds; and hardly ever the same world by chance
+
+
+def test_make_names_what_is_wrong():
+    assert isinstance(envs.make("test_aem:Echo"), Echo)
+    for name in ("nowhere", "no_such_module:Env", "envs:Nothing"):
+        with pytest.raises(ValueError, match=name):
+            envs.make(name)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trains on Echo: a function of the flags that change, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(**changes):
+        flags = dict(env="test_aem:Echo", out=str(folder), cache_dir=str(folder / "cache"), warm_steps=30, steps=12, lr=3e-3)
+        return aem.train(config(**flags | dict(groups=8, group_size=8, eval_every=6, eval_tasks=64) | changes))
+
+    return run, folder
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
+
+
+def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
+    run, folder = runs
+    rows = run(name="first")
+    assert rows[0]["eval_success"] < 0.8 and rows[-1]["eval_success"] > 0.97
+    assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
+    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows if "eval_success" in row] == [0, 6, 12]
+    assert rows == [json.loads(line) for line in (folder / "first" / "metrics.jsonl").read_text().splitlines()]
+    wanted = "step success reward response_entropy token_entropy alpha_min alpha_max turns response_tokens invalid_actions loss"
+    wanted += " grad_norm clip_fraction rollout_seconds update_seconds"
+    assert all(isinstance(row[name], (int, float)) for row in rows for name in wanted.split())
+    assert set(rows[-1]["eval_by_type"]) == set(Echo.words)
+    assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
+    assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    text = (folder / "first" / "trajectories.txt").read_text()
+    assert "H_bar" in text and "alpha" in text and "advantage" in text and "step 12" in text
+    again = run(model=str(folder / "first"), steps=0, name="evaluated")  # the checkpoint is the trained policy
+    assert again[0]["eval_success"] == rows[-1]["eval_success"]
+
+
+def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
+    run, _ = runs
+    first, second, other = (without_times(run(steps=4, epochs=2, minibatches=2, seed=seed)) for seed in (3, 3, 4))
+    assert first == second and first != other
+    assert first[-1]["clip_fraction"] >= 0 and first[-1]["updates"] == 4
+
+
+def test_the_baseline_leaves_advantages_alone(runs):
+    run, _ = runs
+    plain, off, on = (without_times(run(steps=3, **flags)) for flags in (dict(aem=False), dict(lam=0.0), dict(aem=True)))
+    assert plain == off and plain != on
+    assert all(row["alpha_min"] == row["alpha_max"] == 1 for row in plain)
+    assert on[0]["alpha_min"] < 1 < on[0]["alpha_max"]
+
+
+def test_the_warm_start_is_reused_and_its_key_covers_its_flags(runs):
+    run, folder = runs
+    run(steps=0)
+    kept = set((folder / "cache").iterdir())
+    run(steps=0, seed=9)
+    assert set((folder / "cache").iterdir()) == kept
+    run(steps=0, warm_steps=31)
+    assert len(set((folder / "cache").iterdir())) == len(kept) + 1
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class NoDemonstrations(Echo):
+    demonstration = property()
+
+
+@pytest.fixture
+def bare_tokenizer(tiny, tmp_path):
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--colour", "red"], "--colour"),
+        (["--step", "3"], "--step"),
+        (["--env", "nowhere"], "nowhere"),
+        (["--env", "no_such_module:Env"], "no_such_module"),
+        (["--estimator", "magic"], "magic"),
+        (["--group_size", "1"], "--group_size"),
+        (["--lam", "-1"], "--lam"),
+        (["--lam", "nan"], "--lam"),
+        (["--steps", "-5"], "--steps"),
+        (["--steps", "many"], "--steps"),
+        (["--max_turns", "0"], "--max_turns"),
+        (["--max_response_tokens", "0"], "--max_response_tokens"),
+        (["--temperature", "0"], "--temperature"),
+        (["--warm_noise", "2"], "--warm_noise"),
+        (["--aem", "perhaps"], "Truthy"),
+        (["--device", "abacus"], "--device"),
+        (["--model", "./no/such/folder"], "--model ./no/such/folder"),
+        (["--model", "BARE"], "chat template"),
+        (["--env", "test_aem:NoDemonstrations"], "--model"),
+        (["--out", "README.md/runs"], "--out"),
+        (["--name", "taken"], "--name"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path, bare_tokenizer):
+    (tmp_path / "taken").mkdir()
+    flags = [bare_tokenizer if f == "BARE" else f for f in flags]
+    where = [] if "--out" in flags else ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["aem.py", *where, "--cache_dir", str(tmp_path / "cache"), *flags])
+    monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(aem, "clone_behaviour", lambda *args: pytest.fail("work was begun"))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        aem.main()
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and words in error[-1] and "error: " in error[-1] and len(error) <= 2, error
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_every_field_is_a_flag_with_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aem.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        aem.main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, f in aem.Config.__dataclass_fields__.items():
+        assert f"--{name}" in text and f.metadata["help"]
