@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -63,11 +63,9 @@ class Config:
     max_response_tokens: int = flag(16, "tokens per response at most; models that reason before they act need more")
     max_length: int = flag(4096, "tokens per trajectory at most, prompt and observations included")
     temperature: float = flag(1.0, "sampling temperature; pi, entropies and log-probs are meant at it")
-    lr: float | None = flag(None, "AdamW's learning rate; by default 3e-4 for models under 10 M parameters, else 1e-6")
+    lr: float | None = flag(None, "AdamW's learning rate; by default 1e-3 for models under 10 M parameters, else 1e-6")
     epochs: int = flag(1, "passes of the update over one rollout batch")
     minibatches: int = flag(1, "optimizer steps per pass")
-    clip_low: float | None = flag(None, "epsilon_low: ratios are clipped at 1 - clip_low; by default the estimator's")
-    clip_high: float | None = flag(None, "epsilon_high: ratios are clipped at 1 + clip_high; by default the estimator's")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results")
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
@@ -77,45 +75,35 @@ class Config:
     eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
     out: str = flag("runs", "folder that holds the runs")
     name: str = flag("", "the run's folder in --out; by default after env, estimator and seed, numbered if taken")
-    warm_steps: int = flag(900, "behaviour-cloning steps that warm-start the 'tiny' policy")
+    warm_steps: int = flag(600, "behaviour-cloning steps that warm-start the 'tiny' policy")
     warm_noise: float = flag(0.2, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept for the next run")
 
     def check(self):
-        """Raise UsageError for the first value that can't work, before anything expensive."""
-        least = dict.fromkeys(("steps", "lam", "min_range", "lr", "clip_low", "clip_high", "max_grad_norm", "warm_steps", "warm_noise"), 0)
-        least |= dict.fromkeys(("groups", "max_turns", "max_response_tokens", "max_length", "epochs", "minibatches"), 1)
-        least |= dict(micro_batch_tokens=1, eval_every=1, eval_tasks=1, group_size=2, temperature=0.01)
-        for name, bound in least.items():
-            value = getattr(self, name)
+        """Settle the device. Raise UsageError for the first value that can't work, before anything expensive."""
+        least = dict.fromkeys("steps lam min_range lr max_grad_norm warm_steps warm_noise seed".split(), 0)
+        least |= dict.fromkeys("groups max_turns max_response_tokens max_length epochs minibatches micro_batch_tokens".split(), 1)
+        for name, bound in (least | dict(eval_every=1, eval_tasks=1, group_size=2, temperature=0.01)).items():
+            value, help = getattr(self, name), self.__dataclass_fields__[name].metadata["help"]
             if value is not None and not bound <= value < math.inf:
-                raise UsageError(f"--{name} must be at least {bound}, not {value} ({self.__dataclass_fields__[name].metadata['help']})")
+                raise UsageError(f"--{name} must be at least {bound}, not {value} ({help})")
         if self.estimator not in ESTIMATORS:
             raise UsageError(f"unknown --estimator {self.estimator!r}: use one of {', '.join(ESTIMATORS)}")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=self.torch_device)
+            torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError):
             raise UsageError(f"--device {self.device} is not available here: use --device cpu") from None
-
-    @property
-    def torch_device(self):
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
-
-    @property
-    def rule(self):
-        """The estimator's row, with the numbers that flags override."""
-        given = {k: getattr(self, k) for k in ("clip_low", "clip_high") if getattr(self, k) is not None}
-        return replace(ESTIMATORS[self.estimator], **given)
 
 
 # ---------------------------------------------------------------- 1. the method: pure functions of tensors
 
 
 def token_stats(logits, ids):
-    """Log-probability of the given tokens, and entropy of the distributions they come from.
+    """Log-probability of the given tokens, and entropy of the distributions they come from, over the full vocabulary.
 
-    logp = log pi(y_l | s, y_<l);  H_tok = -sum_v pi(v) log pi(v), over the full vocabulary.
-
+    logp = log pi(y_l | s, y_<l);  H_tok = -sum_v pi(v) log pi(v).
     Args: logits (..., V) floats, already divided by the temperature, -inf allowed; ids (...) integers.
     Returns: (logp, entropy), two float32 tensors (...), in nats.
 
@@ -136,9 +124,7 @@ def aem_coefficients(entropy, group, lam=1.0, min_range=0.1):
 
     H~ = (H_bar - min_G H_bar) / (max_G H_bar - min_G H_bar);  alpha = exp(-lam H~) / mean_G exp(-lam H~), so mean_G alpha = 1.
     A group whose H_bar spans less than `min_range` nats holds nothing but noise: alpha = 1.
-
     Args: entropy (R,), H_bar of each response; group (R,) integers, its task. Returns: alpha (R,).
-    Not preserved in general: sum_G alpha A differs from sum_G A.
 
     >>> aem_coefficients(torch.tensor([0.2, 1.2]), torch.tensor([0, 0]))
     tensor([1.4621, 0.5379])
@@ -150,7 +136,7 @@ def aem_coefficients(entropy, group, lam=1.0, min_range=0.1):
         span = h.max() - h.min()
         if span >= min_range and span > 0:
             weight = torch.exp(-lam * (h - h.min()) / span)
-            alpha[member] = weight / weight.mean()
+            alpha[member] = weight / weight.mean()  # note: sum_G alpha A is in general not sum_G A
     return alpha
 
 
@@ -159,8 +145,8 @@ class Estimator:
     """One base estimator: all that sets it apart from the others."""
 
     advantage: Callable  # (G,) rewards of a group, not all equal -> (G,) advantages
-    clip_low: float  # epsilon_low
-    clip_high: float  # epsilon_high
+    clip_low: float  # epsilon_low: ratios are clipped at 1 - epsilon_low
+    clip_high: float  # epsilon_high: and at 1 + epsilon_high
     token_weight: Callable  # (N,) sampled tokens of each trajectory -> (N,) weight of each of its tokens in the loss
 
 
@@ -174,7 +160,6 @@ def group_advantages(rewards, group, estimator="grpo"):
     """Advantage A of each trajectory against the others of its task; all its responses share it.
 
     Statistics run over trajectories, not over their turns. A group whose rewards are all equal gets exactly 0.
-
     Args: rewards (N,) floats; group (N,) integers. Returns: (N,). Raises ValueError for a group of one.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long))
@@ -218,7 +203,7 @@ class Policy:
 
     def autocast(self):
         """bf16 matrix products on a GPU, from fp32 master weights; plain fp32 on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
     def hidden(self, ids, **kwargs):
         """Final hidden states (B, T, D) of ids (B, T)."""
@@ -232,9 +217,9 @@ class Policy:
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        system = [{"role": "system", "content": instructions}] if instructions else []
-        messages = system + [{"role": "user", "content": observation}]
-        return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": observation}]
+        messages = messages if instructions else messages[1:]
+        return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))[:]
 
     def answer(self, observation, ended):
         """Ids that an observation adds after a response: the difference that the chat template adds.
@@ -246,20 +231,20 @@ class Policy:
 
 
 def chat_frame(tokenizer):
-    """The chat template's text between a response and an observation, and from there to the next response.
+    """What the chat template puts between a response and an observation, and from there to the next response.
 
     Found by rendering marks. The end-of-turn token is the first special one after a response, whatever `eos_token` says.
-    Returns: ((before, after), end-of-turn id). Raises UsageError if there is no template, or no such token.
+    Returns: ((before, after), end-of-turn id). Raises ValueError if there is no template, or no such token.
     """
     if not tokenizer.chat_template:
-        raise UsageError(f"the tokenizer of --model {tokenizer.name_or_path} has no chat template: use an instruction-tuned model")
+        raise ValueError("its tokenizer has no chat template, use an instruction-tuned model")
     messages = [{"role": r, "content": c} for r, c in (("user", "task"), ("assistant", "<<response>>"), ("user", "<<answer>>"))]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     before, after = text.split("<<response>>")[1].split("<<answer>>")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = [i for i in tokenizer(before, add_special_tokens=False).input_ids if i in special]
     if not end:
-        raise UsageError(f"the chat template of --model {tokenizer.name_or_path} ends a response without a special token")
+        raise ValueError("its chat template ends a response without a special token, use another model")
     return (before, after), end[0]
 
 
@@ -272,17 +257,14 @@ def load_policy(cfg, path):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         chat_frame(tokenizer)  # a missing chat template shows before gigabytes are read
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except UsageError:
-        raise
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(cfg.device).eval()
+        policy, probe = Policy(model, tokenizer, cfg.temperature), torch.arange(8, device=cfg.device).unsqueeze(0)  # (1, T)
+        with torch.no_grad(), policy.autocast():  # some architectures cap or scale their logits after the head
+            if not torch.allclose(model(probe).logits, policy.head(policy.hidden(probe)), atol=1e-2):
+                raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states), use another model")
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load --model {path}: {' '.join(str(error).split())[:200]}") from None
-    policy = Policy(model.to(cfg.torch_device), tokenizer, cfg.temperature)
-    probe = torch.arange(8, device=policy.device).unsqueeze(0)  # (1, T)
-    with torch.no_grad(), policy.autocast():  # some architectures cap or scale their logits after the head
-        if not torch.allclose(model.eval()(probe).logits, policy.head(policy.hidden(probe)), atol=1e-2):
-            raise UsageError(f"--model {path}: {type(model).__name__} is not supported, its logits are not head(hidden states)")
-    if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and policy.device.type == "cuda"):
+        raise UsageError(f"cannot use --model {path}: {' '.join(str(error).split())[:200]}") from None
+    if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and cfg.device != "cpu"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
 
@@ -311,14 +293,10 @@ class Response:
     alpha: float = 1.0
     advantage: float = 0.0  # alpha * A
 
-    @property
-    def h_bar(self):
-        return fmean(self.entropy)
-
 
 @dataclass
 class Trajectory:
-    """One episode as one token sequence: prompt + response_1 + observation_1 + response_2 + ...
+    """One episode as one token sequence, prompt + response_1 + observation_1 + response_2 + ...
 
     The responses say which tokens were sampled; only those are trained on.
     """
@@ -376,14 +354,13 @@ def next_logits(policy, cache, trajectories):
     """
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
     pending = [torch.tensor(t.ids[start:]) for t, start in zip(trajectories, starts)]
-    last = [len(p) - 1 for p in pending]
     ids = pad_sequence(pending, batch_first=True).to(policy.device)  # (B, T), padded on the right
     slots = (torch.tensor(starts).unsqueeze(-1) + torch.arange(ids.shape[1])).to(policy.device)  # (B, T)
     mask = cache.prepare(slots, max(len(t.ids) for t in trajectories))
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)
-    return policy.logits(hidden[range(len(ids)), last])  # (B, T, D) -> (B, D) -> (B, V)
+    return policy.logits(hidden[range(len(ids)), [len(p) - 1 for p in pending]])  # (B, T, D) -> (B, D) -> (B, V)
 
 
 def sample(logits, uniform):
@@ -395,7 +372,6 @@ def sample(logits, uniform):
 
 def respond(policy, cache, trajectories, cfg):
     """Every trajectory samples one response, token by token, up to its end-of-turn token or the limit."""
-    stops = {policy.end, policy.tokenizer.eos_token_id}
     for t in trajectories:
         t.ended = False
         t.responses.append(Response(start=len(t.ids)))
@@ -408,16 +384,16 @@ def respond(policy, cache, trajectories, cfg):
                 t.ids.append(token)
                 t.responses[-1].logp.append(logp)
                 t.responses[-1].entropy.append(entropy)
-                t.ended = token in stops
+                t.ended = token in (policy.end, policy.tokenizer.eos_token_id)
         if all(t.ended for t in trajectories):
             break
 
 
 def act(policy, t, seed, cfg):
-    """The environment answers a trajectory's last response, or opens the episode; the ids of what it says are appended."""
+    """The environment opens a trajectory, or answers its last response; the ids of what it says are appended."""
     if not t.responses:
         t.prompt, info = t.env.reset(seed=seed)
-        t.ids, t.task_type = policy.opening(getattr(t.env, "instructions", ""), t.prompt)[:], info.get("task_type", "")
+        t.ids, t.task_type = policy.opening(getattr(t.env, "instructions", ""), t.prompt), info.get("task_type", "")
         return
     response = t.responses[-1]
     response.text = policy.tokenizer.decode(t.ids[response.start :], skip_special_tokens=True)
@@ -440,10 +416,8 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
     Returns: the trajectories, those of a task one after the other.
     """
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
-    trajectories = [
-        Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}"))
-        for i, env in zip(range(len(seeds) * group_size), environments)
-    ]
+    numbered = zip(range(len(seeds) * group_size), environments)
+    trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
     cache, playing = SlotCache(), trajectories
     while playing:
         if playing[0].ids:
@@ -471,22 +445,19 @@ def assign_credit(trajectories, cfg):
     group = torch.tensor([t.group for t in trajectories])  # (N,)
     base = group_advantages(torch.tensor([t.reward for t in trajectories]), group, cfg.estimator)  # (N,)
     pairs = [(i, r) for i, t in enumerate(trajectories) if not t.error for r in t.responses]
-    owner, h_bar = torch.tensor([i for i, _ in pairs]), torch.tensor([r.h_bar for _, r in pairs])  # (R,)
+    owner, h_bar = torch.tensor([i for i, _ in pairs]), torch.tensor([fmean(r.entropy) for _, r in pairs])  # (R,)
     alpha = aem_coefficients(h_bar, group[owner], cfg.lam, cfg.min_range) if cfg.aem else torch.ones_like(h_bar)
-    for (_, r), r.alpha, r.advantage in zip(pairs, alpha.tolist(), (alpha * base[owner]).tolist()):
-        pass
+    for (_, r), a, advantage in zip(pairs, alpha.tolist(), (alpha * base[owner]).tolist()):
+        r.alpha, r.advantage = a, advantage
 
 
 def micro_batches(trajectories, budget):
-    """Cut trajectories, sorted by length, into batches of at most `budget` tokens, padding included (or of one trajectory)."""
-    batch = []
-    for t in sorted(trajectories, key=lambda t: len(t.ids)):
-        if batch and (len(batch) + 1) * len(t.ids) > budget:
-            yield batch
-            batch = []
-        batch.append(t)
-    if batch:
-        yield batch
+    """Batches of trajectories of like length: at most `budget` tokens each, padding included, or one trajectory."""
+    rest = sorted(trajectories, key=lambda t: len(t.ids))
+    while rest:
+        size = max(1, budget // len(rest[-1].ids))  # the longest is the width
+        yield rest[-size:]
+        del rest[-size:]
 
 
 def sampled_logps(policy, trajectories):
@@ -509,7 +480,7 @@ def accumulate_gradients(policy, trajectories, cfg):
 
     Returns: sums over the tokens trained on: loss, tokens, clipped, and gap, |log-prob at sampling - log-prob now|.
     """
-    rule, sums = cfg.rule, torch.zeros(4)
+    rule, sums = ESTIMATORS[cfg.estimator], torch.zeros(4)
     lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) counted once, over all
     weights = dict(zip(map(id, trajectories), rule.token_weight(lengths).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient
@@ -540,17 +511,17 @@ def update(policy, optimizer, trajectories, cfg, step):
             loss, tokens, clipped, gap = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
             if not tokens:
                 continue
-            gaps.append(gap / tokens)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
             if math.isfinite(norm) and math.isfinite(loss):
                 optimizer.step()
                 taken.append((loss, norm, clipped / tokens))
             else:
                 skipped += 1
+            gaps.append(gap / tokens)
             optimizer.zero_grad()
-    means = [fmean(column) for column in zip(*taken)] or [0.0] * 3
-    metrics = dict(zip(("loss", "grad_norm", "clip_fraction"), means))
-    return metrics | {"logp_gap": gaps[:2][-1], "updates": len(taken), "skipped_updates": skipped}
+    loss, norm, clipped = [fmean(column) for column in zip(*taken)] or [0.0] * 3
+    counts = {"logp_gap": gaps[:2][-1], "updates": len(taken), "skipped_updates": skipped}
+    return {"loss": loss, "grad_norm": norm, "clip_fraction": clipped, **counts}
 
 
 # ---------------------------------------------------------------- 5. the embedded policy: built, warm-started, kept
@@ -565,48 +536,43 @@ def tiny_policy(texts, seed):
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, new_special_tokens=special)
     tokenizer.eos_token, tokenizer.chat_template = "<|end|>", TEMPLATE
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, tie_word_embeddings=True, initializer_range=0.1)  # fmt: skip
+    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **shape)
     config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    torch.manual_seed(seed)
     return Policy(transformers.Qwen2ForCausalLM(config), tokenizer)
 
 
-def clone_behaviour(env, steps, noise, seed=0, batch=40, lr=4e-3):
+def clone_behaviour(env, steps, noise, seed=0, batch=24):
     """Warm start: next-token prediction on scripted demonstrations that are sometimes wrong. Returns: a Policy.
 
     The loss runs over all tokens, observations too: trained on actions alone, a model this small never learns to copy the
     object's name from its task.
     """
-    rng = random.Random(f"demonstrations/{seed}")
-
-    def demonstrations(count, noise):
-        return [env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(count)]
-
-    policy = tiny_policy((text for turns in demonstrations(2000, 0.5) for turn in turns for text in turn), seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=max(1, steps))
-    queue = []
+    rng, queue = random.Random(f"demonstrations/{seed}"), []
+    policy = tiny_policy((text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn), seed)
+    inner = [p for p in policy.body.layers.parameters() if p.ndim == 2]  # matrices: with Muon they learn to copy much earlier
+    outer = [p for p in policy.model.parameters() if p not in set(inner)]
+    optimizers = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outer, lr=4e-3, betas=(0.9, 0.98))
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=max(1, steps)) for o in optimizers]
     for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
-        if not queue:  # episodes of like length go together: hardly any padding
+        if not queue:  # episodes of like length share a batch: hardly any padding
             rows = []
-            for (prompt, action), *rest in demonstrations(24 * batch, noise):
+            for (prompt, action), *turns in (env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(24 * batch)):
                 ids = policy.opening("", prompt) + policy.encode(action) + [policy.end]
-                for observation, action in rest:
+                for observation, action in turns:
                     ids += policy.answer(observation, True) + policy.encode(action) + [policy.end]
                 rows.append(torch.tensor(ids))
             rows.sort(key=len)
-            queue = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-            rng.shuffle(queue)
+            queue = rng.sample([rows[i : i + batch] for i in range(0, len(rows), batch)], 24)
         rows = queue.pop()
         logits = policy.logits(policy.hidden(pad_sequence(rows, batch_first=True)[:, :-1], use_cache=False))  # (B, T-1, V)
         targets = pad_sequence(rows, batch_first=True, padding_value=-100)[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for part in (*optimizers, *schedules):
+            part.step()
+        policy.model.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return policy
 
@@ -618,10 +584,9 @@ def warm_start(env, cfg):
     """
     if not hasattr(env, "demonstration"):
         raise UsageError(f"--model tiny learns from demonstrations, and --env {cfg.env} has none: name a model with --model")
-    code = [inspect.getsource(part) for part in (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour)]
-    flags = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise]
-    key = json.dumps([code, TEMPLATE, flags, torch.__version__, transformers.__version__])
-    folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    code = map(inspect.getsource, (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour))
+    key = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, TEMPLATE, torch.__version__, transformers.__version__, *code]
+    folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not folder.is_dir():
         save_policy(clone_behaviour(env, cfg.warm_steps, cfg.warm_noise), folder)
     return folder
@@ -633,14 +598,12 @@ def warm_start(env, cfg):
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm: act, credit and modulate, learn. Step 0 measures the starting policy and trains nothing.
 
-    Returns: (metrics, trajectories). `response_entropy` estimates H_resp: summed token entropies per response, in nats.
+    Returns: (trajectories, metrics). `response_entropy` estimates H_resp: summed token entropies per response, in nats.
     """
     start = time.perf_counter()
     seeds = random.Random(f"{cfg.seed}/tasks/{step}").sample(range(HELD_OUT), cfg.groups)
     trajectories = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}")
     acted = time.perf_counter()
-    if crashes := [t.error for t in trajectories if t.error]:
-        tqdm.write(f"step {step}: the environment crashed in {len(crashes)} of {len(trajectories)} trajectories\n{crashes[0]}")
     assign_credit(trajectories, cfg)
     learned = update(policy, optimizer, trajectories if step else [], cfg, step)
     responses = [r for t in trajectories for r in t.responses]
@@ -655,7 +618,7 @@ def train_step(policy, optimizer, environments, cfg, step):
         "turns": fmean(len(t.responses) for t in trajectories),
         "response_tokens": fmean(len(r.logp) for r in responses),
         "invalid_actions": fmean(t.invalid for t in trajectories),
-        "env_errors": len(crashes),
+        "env_errors": sum(bool(t.error) for t in trajectories),
         **learned,
         "rollout_seconds": acted - start,
         "update_seconds": time.perf_counter() - acted,
@@ -667,9 +630,10 @@ def evaluate(policy, environments, cfg):
     start, seeds, trajectories = time.perf_counter(), range(HELD_OUT, HELD_OUT + cfg.eval_tasks), []
     for first in range(0, len(seeds), len(environments)):
         trajectories += rollout(policy, environments, seeds[first : first + len(environments)], 1, cfg, f"eval/{first}")
-    kinds = {kind: [t.success for t in trajectories if t.task_type == kind] for kind in sorted({t.task_type for t in trajectories})}
-    success = {"eval_success": fmean(t.success for t in trajectories), "eval_by_type": {k: fmean(v) for k, v in kinds.items()}}
-    return success | {"eval_seconds": time.perf_counter() - start}
+    kinds = sorted({t.task_type for t in trajectories})
+    by_type = {kind: fmean(t.success for t in trajectories if t.task_type == kind) for kind in kinds}
+    success = fmean(t.success for t in trajectories)
+    return {"eval_success": success, "eval_by_type": by_type, "eval_seconds": time.perf_counter() - start}
 
 
 def readable(trajectories, step):
@@ -679,7 +643,8 @@ def readable(trajectories, step):
     for t in (group[-1], group[0]):
         text += f"=== step {step}, {t.task_type} task, reward {t.reward:.1f} after {len(t.responses)} turns\n{t.prompt}\n"
         for r in t.responses:
-            text += f"  > {r.text:<40} H_bar {r.h_bar:.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}\n{r.observation}\n"
+            numbers = f"H_bar {fmean(r.entropy):.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}"
+            text += f"  > {r.text:<40} {numbers}\n{r.observation}\n"
         text += t.error + "\n"
     return text
 
@@ -691,16 +656,15 @@ def plot_curves(run):
     except ImportError:
         return print("no curves.png, for want of matplotlib: pip install matplotlib", file=sys.stderr)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    column = {name: [r[name] for r in rows] for name in rows[0] if not name.startswith("eval")}
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    step, figure = [r["step"] for r in rows], Figure(figsize=(12, 3.6), layout="constrained")
     success, entropy, alpha = figure.subplots(1, 3)
-    success.plot(column["step"], column["success"], color="tab:gray", label="training tasks")
-    held_out = [(r["step"], r["eval_success"]) for r in rows if "eval_success" in r]
-    success.plot(*zip(*held_out), "o-", color="tab:blue", label="held-out tasks")
+    success.plot(step, [r["success"] for r in rows], color="tab:gray", label="training tasks")
+    success.plot(*zip(*((r["step"], r["eval_success"]) for r in rows if "eval_success" in r)), "o-", label="held-out tasks")
     success.set(title="Success", ylabel="share of trajectories", ylim=(0, 1))
-    entropy.plot(column["step"], column["response_entropy"], color="tab:orange", label="mean over responses")
+    entropy.plot(step, [r["response_entropy"] for r in rows], color="tab:orange", label="mean over responses")
     entropy.set(title="Response entropy", ylabel="nats", ylim=(0, None))
-    alpha.fill_between(column["step"], column["alpha_min"], column["alpha_max"], alpha=0.3, color="tab:green", label="smallest to largest")
+    spread = [r["alpha_min"] for r in rows], [r["alpha_max"] for r in rows]
+    alpha.fill_between(step, *spread, alpha=0.3, color="tab:green", label="smallest to largest")
     alpha.axhline(1, color="black", linewidth=0.8, label="no modulation")
     alpha.set(title="AEM's coefficient alpha", ylabel="alpha", ylim=(0, None))
     for axis in (success, entropy, alpha):
@@ -709,25 +673,19 @@ def plot_curves(run):
     figure.savefig(run / "curves.png", dpi=120)
 
 
-def run_folder(cfg):
-    """A name for the run's folder that is free. Raises UsageError if it is taken or can't be written."""
+def new_folder(cfg):
+    """Make the run's folder. Raises UsageError if it is taken or can't be written."""
     name = cfg.name or f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
+    run, number = Path(cfg.out) / name, 1
+    while run.exists() and not cfg.name:
+        run, number = Path(cfg.out) / f"{name}-{number + 1}", number + 1
     try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out).close()
+        run.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"--name {name} is taken: choose another, or delete {run}") from None
     except OSError as error:
         raise UsageError(f"cannot write to --out {cfg.out} ({error.strerror}): name another folder") from None
-    if cfg.name and (Path(cfg.out) / name).exists():
-        raise UsageError(f"--name {name} is taken in {cfg.out}: choose another, or delete that run")
-    return next(f for i in range(1, 10**6) if not (f := Path(cfg.out) / (f"{name}-{i}" if i > 1 else name)).exists())
-
-
-def report(rows, run, seconds):
-    """The closing table: held-out success before and after, per task type, and where the time went."""
-    before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
-    spent = [f"{part} {sum(r.get(part + '_seconds', 0) for r in rows):.0f} s" for part in ("rollout", "update", "eval")]
-    lines = [f"{'held-out success':<20}{'before':>8}{'after':>8}", *(f"{k:<20}{before[k]:>8.1%}{after[k]:>8.1%}" for k in after)]
-    return "\n".join([*lines, f"{seconds:.0f} s in all: {', '.join(spent)}", f"look at {run}/curves.png and {run}/trajectories.txt"])
+    return run
 
 
 def train(cfg):
@@ -736,20 +694,21 @@ def train(cfg):
     Raises UsageError for what the user can fix, before any expensive work.
     """
     cfg.check()
-    start, run = time.perf_counter(), run_folder(cfg)
+    transformers.utils.logging.disable_progress_bar()
+    start, run = time.perf_counter(), new_folder(cfg)
     try:
         settings = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
         environments = [envs.make(cfg.env, **settings) for _ in range(cfg.groups * cfg.group_size)]
+        policy = load_policy(cfg, warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model)
     except ValueError as error:
-        raise UsageError(f"--env: {error}") from None
-    policy = load_policy(cfg, warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model)
-    lr = cfg.lr if cfg.lr is not None else 3e-4 if policy.model.num_parameters() < 1e7 else 1e-6
+        run.rmdir()
+        raise UsageError(str(error)) from None
+    lr = cfg.lr if cfg.lr is not None else 1e-3 if policy.model.num_parameters() < 1e7 else 1e-6
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
-    run.mkdir()
     (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    rows, bar = [], tqdm(range(cfg.steps + 1), desc=run.name, unit="step")
+    rows = []
     try:
-        for step in bar:
+        for step in (bar := tqdm(range(cfg.steps + 1), desc=run.name, unit="step")):
             trajectories, row = train_step(policy, optimizer, environments, cfg, step)
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 row |= evaluate(policy, environments, cfg)
@@ -758,13 +717,22 @@ def train(cfg):
             rows.append(row)
             with open(run / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = {k: f"{row[v]:.2f}" for k, v in (("success", "success"), ("reward", "reward"), ("H", "response_entropy"))}
-            bar.set_postfix(shown, alpha=f"{row['alpha_min']:.2f}..{row['alpha_max']:.2f}")
+            shown = {k: f"{row[k]:.2f}" for k in ("success", "reward", "response_entropy")}
+            bar.set_postfix(shown, alpha=f"{row['alpha_min']:.2f}..{row['alpha_max']:.2f}", crashed=row["env_errors"])
     finally:  # also on Ctrl-C: what was learned is kept
         save_policy(policy, run / "checkpoint")
         plot_curves(run)
-    print(report(rows, run, time.perf_counter() - start))
+    report(rows, run, time.perf_counter() - start)
     return rows
+
+
+def report(rows, run, seconds):
+    """Print held-out success before and after training, per task type, and where the time went."""
+    before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
+    print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
+    print(*(f"{kind:<20}{before[kind]:>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
+    spent = [f"{part} {sum(r.get(part + '_seconds', 0) for r in rows):.0f} s" for part in ("rollout", "update", "eval")]
+    print(f"{seconds:.0f} s in all: {', '.join(spent)}\nlook at {run}/curves.png and {run}/trajectories.txt")
 
 
 def main():

@@ -23,20 +23,20 @@ import re
 # room: (its receptacles, the objects that may lie in them)
 ROOMS = {
     "kitchen": (
-        ["fridge", "microwave", "sinkbasin", "countertop", "cabinet", "drawer"],
-        ["apple", "potato", "tomato", "egg", "bread", "mug", "plate", "cup"],
+        ["fridge", "microwave", "sinkbasin", "countertop", "drawer"],
+        ["apple", "egg", "mug", "plate"],
     ),
     "bathroom": (
-        ["sinkbasin", "bathtub", "toilet", "cabinet", "shelf", "drawer"],
-        ["cloth", "towel", "soapbar", "soapbottle", "spraybottle", "candle"],
+        ["sinkbasin", "bathtub", "toilet", "shelf", "drawer"],
+        ["cloth", "towel", "soapbar", "candle"],
     ),
     "bedroom": (
-        ["bed", "desk", "dresser", "armchair", "shelf", "drawer"],
-        ["book", "pen", "laptop", "cellphone", "keychain", "pillow"],
+        ["bed", "desk", "armchair", "shelf", "drawer"],
+        ["book", "pen", "laptop", "pillow"],
     ),
     "livingroom": (
-        ["sofa", "coffeetable", "tvstand", "armchair", "shelf", "drawer"],
-        ["book", "box", "newspaper", "remotecontrol", "vase", "watch"],
+        ["sofa", "coffeetable", "armchair", "shelf", "drawer"],
+        ["book", "box", "vase", "watch"],
     ),
 }
 # ALFWorld's six task types: (rooms that can host it, what the agent is told).
@@ -55,7 +55,7 @@ HAND = "hand"
 class Household:
     """A miniature of ALFWorld: find hidden objects in a room, change them, put them somewhere. Text in, text out.
 
-    A task is one of six types in one of four rooms with six receptacles. What a receptacle holds is seen only on
+    A task is one of six types in one of four rooms with five receptacles. What a receptacle holds is seen only on
     going there, and the agent carries one object at a time. Actions: `go to P`, `take O from P`, `put O in P`,
     `clean|heat|cool O with P`, `use desklamp`, `look`.
 
@@ -86,7 +86,7 @@ class Household:
         # [name, place, state]: the objects asked for lie anywhere but at the target, among others
         elsewhere = [p for p in self.places if p != self.target]
         self.objects = [[self.object, rng.choice(elsewhere), ""] for _ in range(2 if self.kind == "two" else 1)]
-        for name in rng.sample([n for n in names if n != self.object], rng.randint(2, 4)):
+        for name in rng.sample([n for n in names if n != self.object], rng.randint(1, 2)):
             self.objects.append([name, rng.choice(self.places), ""])
         self.lamp = rng.choice(self.places) if self.room in ("bedroom", "livingroom") else None
         self.here, self.turns, self.seen = None, 0, set()
@@ -183,7 +183,7 @@ class Household:
     def _visit(self, place, rng):
         """`go to place` unless already there (then None); if it is unknown (None), search where nobody has looked."""
         if place is None:
-            place = rng.choice([p for p in self.places if p not in self.seen and p != self.target])
+            place = next(p for p in self.places if p not in self.seen and p != self.target)
         return f"go to {place}" if place != self.here else None
 
     def _slip(self, rng):
