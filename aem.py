@@ -8,7 +8,6 @@ do. No extra model, reward or forward pass: the entropies are by-products of sam
     python aem.py --aem false                          # the same without AEM: plain GRPO
     python aem.py --model Qwen/Qwen2.5-1.5B-Instruct   # the same code on a GPU
 
-The file: Config, 1 the method, 2 the policy, 3 rollout, 4 update, 5 the embedded policy, 6 training and what it shows.
 Shapes: N trajectories, R responses, n sampled tokens, B rows, T positions, D hidden size, V vocabulary. Entropy is in nats.
 """
 
@@ -19,7 +18,6 @@ import json
 import math
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -56,16 +54,16 @@ class Config:
     aem: bool = flag(True, "multiply each response's advantage by AEM's alpha; 'false' gives the plain baseline")
     lam: float = flag(1.0, "lambda, strength of the modulation: max alpha / min alpha <= e^lambda; 0 turns it off")
     min_range: float = flag(0.1, "gate: alpha = 1 in a group whose H_bar spans less than this, in nats")
-    steps: int = flag(60, "training steps, each a rollout batch and its update")
+    steps: int = flag(120, "training steps, each a rollout batch and its update")
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
     max_turns: int = flag(12, "responses per trajectory at most")
     max_response_tokens: int = flag(16, "tokens per response at most; models that reason before they act need more")
     max_length: int = flag(4096, "tokens per trajectory at most, prompt and observations included")
     temperature: float = flag(1.0, "sampling temperature; pi, entropies and log-probs are meant at it")
-    lr: float | None = flag(None, "AdamW's learning rate; by default 1e-3 for models under 10 M parameters, else 1e-6")
+    lr: float | None = flag(None, "AdamW's learning rate; by default 7e-4 for models under 10 M parameters, else 1e-6")
     epochs: int = flag(1, "passes of the update over one rollout batch")
-    minibatches: int = flag(1, "optimizer steps per pass")
+    minibatches: int = flag(2, "optimizer steps per pass")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results")
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
@@ -74,36 +72,30 @@ class Config:
     eval_every: int = flag(20, "steps between evaluations; there is one before the first step and after the last too")
     eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
     out: str = flag("runs", "folder that holds the runs")
-    name: str = flag("", "the run's folder in --out; by default after env, estimator and seed, numbered if taken")
+    name: str = flag("", "the run's folder in --out; by default after env, estimator, seed and time")
     warm_steps: int = flag(600, "behaviour-cloning steps that warm-start the 'tiny' policy")
-    warm_noise: float = flag(0.2, "share of random actions in its demonstrations")
+    warm_noise: float = flag(0.25, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept for the next run")
 
     def check(self):
-        """Settle the device. Raise UsageError for the first value that can't work, before anything expensive."""
-        least = dict.fromkeys("steps lam min_range lr max_grad_norm warm_steps warm_noise seed".split(), 0)
-        least |= dict.fromkeys("groups max_turns max_response_tokens max_length epochs minibatches micro_batch_tokens".split(), 1)
-        for name, bound in (least | dict(eval_every=1, eval_tasks=1, group_size=2, temperature=0.01)).items():
-            value, help = getattr(self, name), self.__dataclass_fields__[name].metadata["help"]
-            if value is not None and not bound <= value < math.inf:
-                raise UsageError(f"--{name} must be at least {bound}, not {value} ({help})")
+        """Settle `device`. Raise UsageError for the first value that can't work, before anything expensive."""
+        ones = "groups max_turns max_response_tokens max_length epochs minibatches micro_batch_tokens eval_every eval_tasks"
+        zeros = "steps lam min_range lr max_grad_norm warm_steps warm_noise seed"
+        least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys(ones.split(), 1) | {"group_size": 2, "temperature": 0.01}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and not bound <= value < math.inf:
+                meaning = type(self).__dataclass_fields__[name].metadata["help"]
+                raise UsageError(f"--{name} must be at least {bound}, not {value} ({meaning})")
         if self.estimator not in ESTIMATORS:
             raise UsageError(f"unknown --estimator {self.estimator!r}: use one of {', '.join(ESTIMATORS)}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
-            raise UsageError(f"--device {self.device} is not available here: use --device cpu") from None
 
 
 # ---------------------------------------------------------------- 1. the method: pure functions of tensors
-
-
 def token_stats(logits, ids):
-    """Log-probability of the given tokens, and entropy of the distributions they come from, over the full vocabulary.
+    """Log-probability log pi(y_l | s, y_<l) of the given tokens, and entropy H_tok = -sum_v pi(v) log pi(v).
 
-    logp = log pi(y_l | s, y_<l);  H_tok = -sum_v pi(v) log pi(v).
     Args: logits (..., V) floats, already divided by the temperature, -inf allowed; ids (...) integers.
     Returns: (logp, entropy), two float32 tensors (...), in nats.
 
@@ -187,8 +179,6 @@ def clipped_loss(logp, old_logp, advantage, clip_low, clip_high):
 
 
 # ---------------------------------------------------------------- 2. the policy: a causal LM and its chat template
-
-
 class Policy:
     """A causal language model with its tokenizer. Ids are the truth: appended, never decoded and encoded again."""
 
@@ -197,35 +187,27 @@ class Policy:
         self.body, self.head, self.device = model.get_decoder(), model.get_output_embeddings(), model.device
         self.frame, self.end = chat_frame(tokenizer)
         self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        gpu = self.device.type == "cuda"  # there: bf16 matrix products, from fp32 master weights
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, gpu)
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
             for name in {"p", "attention_dropout"} & vars(module).keys():
                 setattr(module, name, 0.0)
 
-    def autocast(self):
-        """bf16 matrix products on a GPU, from fp32 master weights; plain fp32 on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
-
-    def hidden(self, ids, **kwargs):
-        """Final hidden states (B, T, D) of ids (B, T)."""
+    def hidden(self, ids, **kwargs):  # (B, T) -> (B, T, D), final hidden states
         with self.autocast():
             return self.body(input_ids=ids, **kwargs).last_hidden_state
 
-    def logits(self, hidden):
-        """(..., D) -> (..., V) float32 logits at the sampling temperature."""
+    def logits(self, hidden):  # (..., D) -> (..., V), float32, at the sampling temperature
         with self.autocast():
             return self.head(hidden).float() / self.temperature
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": observation}]
-        messages = messages if instructions else messages[1:]
+        messages = [{"role": "system", "content": instructions}] * bool(instructions) + [{"role": "user", "content": observation}]
         return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))[:]
 
     def answer(self, observation, ended):
-        """Ids that an observation adds after a response: the difference that the chat template adds.
-
-        It begins by closing the agent's turn, unless the response `ended` with a sampled end-of-turn token.
-        """
+        """Ids that the chat template adds for an observation; it closes the agent's turn, unless `ended` by a sampled token."""
         ids = self.encode(self.frame[0] + observation.strip() + self.frame[1])
         return ids[ids.index(self.end) + 1 :] if ended else ids
 
@@ -249,38 +231,27 @@ def chat_frame(tokenizer):
 
 
 def load_policy(cfg, path):
-    """Load a policy from a hub id, a folder, or an earlier run's folder; fp32 master weights, on the run's device.
-
-    Raises UsageError if that can't be done, or if the model computes its logits in a way this file does not.
-    """
+    """Load a policy from a hub id, a folder, or an earlier run's folder. Raises UsageError if that can't be done."""
     folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         chat_frame(tokenizer)  # a missing chat template shows before gigabytes are read
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(cfg.device).eval()
-        policy, probe = Policy(model, tokenizer, cfg.temperature), torch.arange(8, device=cfg.device).unsqueeze(0)  # (1, T)
-        with torch.no_grad(), policy.autocast():  # some architectures cap or scale their logits after the head
-            if not torch.allclose(model(probe).logits, policy.head(policy.hidden(probe)), atol=1e-2):
-                raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states), use another model")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot use --model {path}: {' '.join(str(error).split())[:200]}") from None
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(cfg.device)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {reason}") from None
     if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and cfg.device != "cpu"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return policy
+    return Policy(model, tokenizer, cfg.temperature)
 
 
 def save_policy(policy, folder):
-    """Write model and tokenizer where `from_pretrained` reads them; all or nothing, by a rename."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
-    policy.model.save_pretrained(draft)
-    policy.tokenizer.save_pretrained(draft)
-    draft.replace(folder)
+    """Write what `from_pretrained` reads. The tokenizer comes last: with it, the folder is complete."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- 3. rollout: many trajectories, many turns, one batch
-
-
 @dataclass
 class Response:
     """All tokens the policy sampled in one turn: the action. Recorded while sampling, under the behaviour policy."""
@@ -296,10 +267,7 @@ class Response:
 
 @dataclass
 class Trajectory:
-    """One episode as one token sequence, prompt + response_1 + observation_1 + response_2 + ...
-
-    The responses say which tokens were sampled; only those are trained on.
-    """
+    """One episode as one token sequence: prompt + response_1 + observation_1 + response_2 + ..."""
 
     group: int
     env: object
@@ -323,8 +291,7 @@ class SlotCache:
     Padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it.
     """
 
-    def __init__(self):
-        self.layers = []  # per layer [keys, values], each (B, heads, capacity, head size), zero where unused
+    layers = ()  # per layer [keys, values], each (B, heads, capacity, head size), zero where unused
 
     def prepare(self, slots, used):
         """Announce a forward of tokens at `slots` (B, T), the longest row being `used` long. Returns its attention mask."""
@@ -334,7 +301,7 @@ class SlotCache:
     def update(self, key, value, layer, *args, **kwargs):
         """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, used, head size)."""
         if layer == len(self.layers):
-            self.layers.append([key[:, :, :0], value[:, :, :0]])
+            self.layers = [*self.layers, [key[:, :, :0], value[:, :, :0]]]
         rows, stored = torch.arange(len(key), device=key.device).unsqueeze(-1), self.layers[layer]  # rows (B, 1)
         for i, new in enumerate((key, value)):
             if (missing := self.capacity - stored[i].shape[2]) > 0:
@@ -342,16 +309,9 @@ class SlotCache:
             stored[i][rows, :, self.slots] = new.transpose(1, 2)
         return stored[0][:, :, : self.used], stored[1][:, :, : self.used]
 
-    def keep(self, rows):
-        """Drop all rows of the batch but these."""
-        self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
-
 
 def next_logits(policy, cache, trajectories):
-    """Logits (B, V) of each trajectory's next token, by a forward over the tokens that are not in the cache yet.
-
-    One path for all: whole prompts, the observation after a response, a single sampled token.
-    """
+    """Logits (B, V) of each trajectory's next token, by a forward over what is not in the cache yet: prompt, answer or token."""
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
     pending = [torch.tensor(t.ids[start:]) for t, start in zip(trajectories, starts)]
     ids = pad_sequence(pending, batch_first=True).to(policy.device)  # (B, T), padded on the right
@@ -410,10 +370,9 @@ def act(policy, t, seed, cfg):
 
 @torch.no_grad()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
-    """Play `group_size` episodes of each task, all in one batch, turn by turn.
+    """Play `group_size` episodes of the task of each seed, in one batch, turn by turn; `stream` names the random numbers.
 
-    Args: environments, one per episode; seeds, one per task; stream, a name that seeds the sampling of this batch.
-    Returns: the trajectories, those of a task one after the other.
+    Returns: the trajectories, those of a task one after the other; each plays in an environment of its own.
     """
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
     numbered = zip(range(len(seeds) * group_size), environments)
@@ -428,20 +387,14 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
             except Exception:  # a crash fails its own trajectory, and is counted and shown
                 t.error, t.done = traceback.format_exc(), True
         rows = [i for i, t in enumerate(playing) if not t.done]
-        cache.keep(rows)
+        cache.layers = [[stored[rows] for stored in layer] for layer in cache.layers]
         playing = [playing[i] for i in rows]
     return trajectories
 
 
 # ---------------------------------------------------------------- 4. update: advantages, then clipped policy gradient
-
-
 def assign_credit(trajectories, cfg):
-    """Set `alpha` and `advantage` of every response: A_AEM = alpha A, A shared by a trajectory's responses.
-
-    A trajectory whose environment crashed counts in its group's baseline as the failure it is, but trains no token and is
-    left out of its group's entropies.
-    """
+    """Set every response's alpha and advantage, A_AEM = alpha A. Where the environment crashed, only the reward counts."""
     group = torch.tensor([t.group for t in trajectories])  # (N,)
     base = group_advantages(torch.tensor([t.reward for t in trajectories]), group, cfg.estimator)  # (N,)
     pairs = [(i, r) for i, t in enumerate(trajectories) if not t.error for r in t.responses]
@@ -476,12 +429,9 @@ def sampled_logps(policy, trajectories):
 
 
 def accumulate_gradients(policy, trajectories, cfg):
-    """Gradients of one optimizer step: a sum over tokens whose weights are fixed first, so micro-batches change nothing.
-
-    Returns: sums over the tokens trained on: loss, tokens, clipped, and gap, |log-prob at sampling - log-prob now|.
-    """
+    """Gradients of one optimizer step, a sum over tokens. Returns sums: loss, tokens, clipped, |old log-prob - log-prob now|."""
     rule, sums = ESTIMATORS[cfg.estimator], torch.zeros(4)
-    lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) counted once, over all
+    lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) once, so micro-batches change nothing
     weights = dict(zip(map(id, trajectories), rule.token_weight(lengths).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient
     for batch in micro_batches(moving, cfg.micro_batch_tokens):
@@ -546,29 +496,23 @@ def tiny_policy(texts, seed):
 def clone_behaviour(env, steps, noise, seed=0, batch=24):
     """Warm start: next-token prediction on scripted demonstrations that are sometimes wrong. Returns: a Policy.
 
-    The loss runs over all tokens, observations too: trained on actions alone, a model this small never learns to copy the
-    object's name from its task.
+    The loss runs over all tokens: from actions alone, a model this small never learns to copy the object's name.
     """
-    rng, queue = random.Random(f"demonstrations/{seed}"), []
+    rng = random.Random(f"demonstrations/{seed}")
     policy = tiny_policy((text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn), seed)
-    inner = [p for p in policy.body.layers.parameters() if p.ndim == 2]  # matrices: with Muon they learn to copy much earlier
+    inner = [p for p in policy.body.layers.parameters() if p.ndim == 2]  # matrices: by Muon they learn to copy much earlier
     outer = [p for p in policy.model.parameters() if p not in set(inner)]
     optimizers = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outer, lr=4e-3, betas=(0.9, 0.98))
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=max(1, steps)) for o in optimizers]
     for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
-        if not queue:  # episodes of like length share a batch: hardly any padding
-            rows = []
-            for (prompt, action), *turns in (env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(24 * batch)):
-                ids = policy.opening("", prompt) + policy.encode(action) + [policy.end]
-                for observation, action in turns:
-                    ids += policy.answer(observation, True) + policy.encode(action) + [policy.end]
-                rows.append(torch.tensor(ids))
-            rows.sort(key=len)
-            queue = rng.sample([rows[i : i + batch] for i in range(0, len(rows), batch)], 24)
-        rows = queue.pop()
-        logits = policy.logits(policy.hidden(pad_sequence(rows, batch_first=True)[:, :-1], use_cache=False))  # (B, T-1, V)
-        targets = pad_sequence(rows, batch_first=True, padding_value=-100)[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        rows = []
+        for (prompt, action), *turns in (env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(batch)):
+            ids = policy.opening("", prompt) + policy.encode(action) + [policy.end]
+            for observation, action in turns:
+                ids += policy.answer(observation, True) + policy.encode(action) + [policy.end]
+            rows.append(torch.tensor(ids))
+        labels = pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
+        loss = policy.model(labels.clamp_min(0), labels=labels, use_cache=False).loss
         loss.backward()
         for part in (*optimizers, *schedules):
             part.step()
@@ -578,23 +522,18 @@ def clone_behaviour(env, steps, noise, seed=0, batch=24):
 
 
 def warm_start(env, cfg):
-    """Folder of the embedded policy for this environment, made on first use. Its name covers all it depends on.
-
-    Raises UsageError if the environment offers no demonstrations.
-    """
+    """Folder of the embedded policy for this environment, made on first use. Its name covers all it depends on."""
     if not hasattr(env, "demonstration"):
         raise UsageError(f"--model tiny learns from demonstrations, and --env {cfg.env} has none: name a model with --model")
     code = map(inspect.getsource, (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour))
     key = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, TEMPLATE, torch.__version__, transformers.__version__, *code]
     folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    if not folder.is_dir():
+    if not (folder / "tokenizer_config.json").exists():
         save_policy(clone_behaviour(env, cfg.warm_steps, cfg.warm_noise), folder)
     return folder
 
 
 # ---------------------------------------------------------------- 6. training, and what it shows
-
-
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm: act, credit and modulate, learn. Step 0 measures the starting policy and trains nothing.
 
@@ -607,22 +546,16 @@ def train_step(policy, optimizer, environments, cfg, step):
     assign_credit(trajectories, cfg)
     learned = update(policy, optimizer, trajectories if step else [], cfg, step)
     responses = [r for t in trajectories for r in t.responses]
-    return trajectories, {
-        "step": step,
-        "success": fmean(t.success for t in trajectories),
-        "reward": fmean(t.reward for t in trajectories),
+    alpha = [r.alpha for r in responses]
+    metrics = {
+        "step": step, "success": fmean(t.success for t in trajectories), "reward": fmean(t.reward for t in trajectories),
         "response_entropy": fmean(sum(r.entropy) for r in responses),
         "token_entropy": fmean(h for r in responses for h in r.entropy),
-        "alpha_min": min(r.alpha for r in responses),
-        "alpha_max": max(r.alpha for r in responses),
-        "turns": fmean(len(t.responses) for t in trajectories),
-        "response_tokens": fmean(len(r.logp) for r in responses),
-        "invalid_actions": fmean(t.invalid for t in trajectories),
+        "alpha_min": min(alpha), "alpha_max": max(alpha), "turns": fmean(len(t.responses) for t in trajectories),
+        "response_tokens": fmean(len(r.logp) for r in responses), "invalid_actions": fmean(t.invalid for t in trajectories),
         "env_errors": sum(bool(t.error) for t in trajectories),
-        **learned,
-        "rollout_seconds": acted - start,
-        "update_seconds": time.perf_counter() - acted,
-    }
+    }  # fmt: skip
+    return trajectories, metrics | learned | {"rollout_seconds": acted - start, "update_seconds": time.perf_counter() - acted}
 
 
 def evaluate(policy, environments, cfg):
@@ -632,8 +565,8 @@ def evaluate(policy, environments, cfg):
         trajectories += rollout(policy, environments, seeds[first : first + len(environments)], 1, cfg, f"eval/{first}")
     kinds = sorted({t.task_type for t in trajectories})
     by_type = {kind: fmean(t.success for t in trajectories if t.task_type == kind) for kind in kinds}
-    success = fmean(t.success for t in trajectories)
-    return {"eval_success": success, "eval_by_type": by_type, "eval_seconds": time.perf_counter() - start}
+    success = {"eval_success": fmean(t.success for t in trajectories), "eval_by_type": by_type}
+    return success | {"eval_seconds": time.perf_counter() - start}
 
 
 def readable(trajectories, step):
@@ -651,51 +584,32 @@ def readable(trajectories, step):
 
 def plot_curves(run):
     """Draw curves.png from metrics.jsonl alone."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no curves.png, for want of matplotlib: pip install matplotlib", file=sys.stderr)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    step, figure = [r["step"] for r in rows], Figure(figsize=(12, 3.6), layout="constrained")
-    success, entropy, alpha = figure.subplots(1, 3)
-    success.plot(step, [r["success"] for r in rows], color="tab:gray", label="training tasks")
-    success.plot(*zip(*((r["step"], r["eval_success"]) for r in rows if "eval_success" in r)), "o-", label="held-out tasks")
-    success.set(title="Success", ylabel="share of trajectories", ylim=(0, 1))
-    entropy.plot(step, [r["response_entropy"] for r in rows], color="tab:orange", label="mean over responses")
-    entropy.set(title="Response entropy", ylabel="nats", ylim=(0, None))
-    spread = [r["alpha_min"] for r in rows], [r["alpha_max"] for r in rows]
-    alpha.fill_between(step, *spread, alpha=0.3, color="tab:green", label="smallest to largest")
-    alpha.axhline(1, color="black", linewidth=0.8, label="no modulation")
-    alpha.set(title="AEM's coefficient alpha", ylabel="alpha", ylim=(0, None))
-    for axis in (success, entropy, alpha):
-        axis.set_xlabel("training step")
+    from matplotlib.figure import Figure
+
+    rows, figure = [json.loads(line) for line in open(run / "metrics.jsonl")], Figure(figsize=(12, 3.6), layout="constrained")
+    panels = {
+        "Success (share of trajectories)": {"success": "training tasks", "eval_success": "held-out tasks"},
+        "Response entropy (nats)": {"response_entropy": "mean over responses"},
+        "AEM's coefficient alpha": {"alpha_max": "largest in the batch", "alpha_min": "smallest in the batch"},
+    }
+    for axis, (title, lines) in zip(figure.subplots(1, 3), panels.items()):
+        for name, label in lines.items():
+            axis.plot(*zip(*((r["step"], r[name]) for r in rows if name in r)), ".-" if "eval" in name else "-", label=label)
+        axis.set(title=title, xlabel="training step", ylim=(0, None))
         axis.legend()
     figure.savefig(run / "curves.png", dpi=120)
 
 
-def new_folder(cfg):
-    """Make the run's folder. Raises UsageError if it is taken or can't be written."""
-    name = cfg.name or f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
-    run, number = Path(cfg.out) / name, 1
-    while run.exists() and not cfg.name:
-        run, number = Path(cfg.out) / f"{name}-{number + 1}", number + 1
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError:
-        raise UsageError(f"--name {name} is taken: choose another, or delete {run}") from None
-    except OSError as error:
-        raise UsageError(f"cannot write to --out {cfg.out} ({error.strerror}): name another folder") from None
-    return run
-
-
 def train(cfg):
-    """Train a policy. Returns the metrics rows, as in metrics.jsonl; the run's folder holds everything else.
-
-    Raises UsageError for what the user can fix, before any expensive work.
-    """
+    """Train a policy; everything lands in the run's folder. Returns the rows of metrics.jsonl. Raises UsageError."""
     cfg.check()
     transformers.utils.logging.disable_progress_bar()
-    start, run = time.perf_counter(), new_folder(cfg)
+    start, name = time.perf_counter(), f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' * cfg.aem}-seed{cfg.seed}"
+    run = Path(cfg.out) / (cfg.name or f"{name}-{time.strftime('%m%d-%H%M%S')}")
+    try:
+        run.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the run's folder {run} ({error.strerror}): choose another --out or --name") from None
     try:
         settings = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
         environments = [envs.make(cfg.env, **settings) for _ in range(cfg.groups * cfg.group_size)]
@@ -703,7 +617,7 @@ def train(cfg):
     except ValueError as error:
         run.rmdir()
         raise UsageError(str(error)) from None
-    lr = cfg.lr if cfg.lr is not None else 1e-3 if policy.model.num_parameters() < 1e7 else 1e-6
+    lr = cfg.lr if cfg.lr is not None else 7e-4 if policy.model.num_parameters() < 1e7 else 1e-6
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
     rows = []
@@ -714,25 +628,19 @@ def train(cfg):
                 row |= evaluate(policy, environments, cfg)
                 with open(run / "trajectories.txt", "a") as file:
                     file.write(readable(trajectories, step))
-            rows.append(row)
             with open(run / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = {k: f"{row[k]:.2f}" for k in ("success", "reward", "response_entropy")}
-            bar.set_postfix(shown, alpha=f"{row['alpha_min']:.2f}..{row['alpha_max']:.2f}", crashed=row["env_errors"])
+            rows.append(row)
+            shown = {k: f"{row[k]:.2f}" for k in ("success", "reward", "response_entropy", "alpha_min", "alpha_max")}
+            bar.set_postfix(shown, env_errors=row["env_errors"])
     finally:  # also on Ctrl-C: what was learned is kept
         save_policy(policy, run / "checkpoint")
-        plot_curves(run)
-    report(rows, run, time.perf_counter() - start)
-    return rows
-
-
-def report(rows, run, seconds):
-    """Print held-out success before and after training, per task type, and where the time went."""
+    plot_curves(run)
     before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
     print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
     print(*(f"{kind:<20}{before[kind]:>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
-    spent = [f"{part} {sum(r.get(part + '_seconds', 0) for r in rows):.0f} s" for part in ("rollout", "update", "eval")]
-    print(f"{seconds:.0f} s in all: {', '.join(spent)}\nlook at {run}/curves.png and {run}/trajectories.txt")
+    print(f"{time.perf_counter() - start:.0f} s in all; look at {run}/curves.png and {run}/trajectories.txt")
+    return rows
 
 
 def main():
@@ -742,11 +650,9 @@ def main():
         if unknown:
             raise UsageError(f"unknown flag {unknown[0]}: python aem.py --help lists them all")
         train(cfg)
-    except UsageError as error:
-        print(f"aem.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (UsageError, KeyboardInterrupt) as stop:
+        print(f"aem.py: {f'error: {stop}' if isinstance(stop, UsageError) else 'stopped'}", file=sys.stderr)
+        sys.exit(2 if isinstance(stop, UsageError) else 130)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ class Household:
         self.places = rng.sample(places, len(places))  # listed in random order
         self.object = rng.choice(names)
         self.target = rng.choice([p for p in self.places if p != TOOLS.get(self.kind)]) if self.kind != "examine" else None
-        # [name, place, state]: the objects asked for lie anywhere but at the target, among others
-        elsewhere = [p for p in self.places if p != self.target]
-        self.objects = [[self.object, rng.choice(elsewhere), ""] for _ in range(2 if self.kind == "two" else 1)]
-        for name in rng.sample([n for n in names if n != self.object], rng.randint(1, 2)):
+        # [name, place, state]: what is asked for lies anywhere but at the target, and there may be another object
+        source = rng.choice([p for p in self.places if p != self.target])
+        self.objects = [[self.object, source, ""] for _ in range(2 if self.kind == "two" else 1)]
+        for name in rng.sample([n for n in names if n != self.object], rng.randint(0, 1)):
             self.objects.append([name, rng.choice(self.places), ""])
         self.lamp = rng.choice(self.places) if self.room in ("bedroom", "livingroom") else None
         self.here, self.turns, self.seen = None, 0, set()

@@ -632,7 +632,6 @@ def bare_tokenizer(tiny, tmp_path):
         (["--max_turns", "0"], "--max_turns"),
         (["--max_response_tokens", "0"], "--max_response_tokens"),
         (["--temperature", "0"], "--temperature"),
-        (["--warm_noise", "2"], "--warm_noise"),
         (["--aem", "perhaps"], "Truthy"),
         (["--device", "abacus"], "--device"),
         (["--model", "./no/such/folder"], "--model ./no/such/folder"),
