@@ -98,7 +98,6 @@ def token_stats(logits, ids):
 
     Args: logits (..., V) floats, already divided by the temperature, -inf allowed; ids (...) integers.
     Returns: (logp, entropy), two float32 tensors (...), in nats.
-
     >>> token_stats(torch.zeros(2), torch.tensor(1))  # a fair coin: log 1/2 and log 2
     (tensor(-0.6931), tensor(0.6931))
     """
@@ -117,7 +116,6 @@ def aem_coefficients(entropy, group, lam=1.0, min_range=0.1):
     H~ = (H_bar - min_G H_bar) / (max_G H_bar - min_G H_bar);  alpha = exp(-lam H~) / mean_G exp(-lam H~), so mean_G alpha = 1.
     A group whose H_bar spans less than `min_range` nats holds nothing but noise: alpha = 1.
     Args: entropy (R,), H_bar of each response; group (R,) integers, its task. Returns: alpha (R,).
-
     >>> aem_coefficients(torch.tensor([0.2, 1.2]), torch.tensor([0, 0]))
     tensor([1.4621, 0.5379])
     """
@@ -153,7 +151,6 @@ def group_advantages(rewards, group, estimator="grpo"):
 
     Statistics run over trajectories, not over their turns. A group whose rewards are all equal gets exactly 0.
     Args: rewards (N,) floats; group (N,) integers. Returns: (N,). Raises ValueError for a group of one.
-
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long))
     tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
     """
@@ -169,10 +166,7 @@ def group_advantages(rewards, group, estimator="grpo"):
 
 
 def clipped_loss(logp, old_logp, advantage, clip_low, clip_high):
-    """PPO's clipped loss of each token: max(-A r, -A clip(r, 1 - low, 1 + high)) with r = pi / pi_old.
-
-    Args: three (n,) tensors and two numbers. Returns: (loss (n,), clipped (n,) bool: where the clip stops the gradient).
-    """
+    """PPO's loss per token, max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old, and where the clip acts: two (n,)."""
     ratio = torch.exp(logp - old_logp)
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(plain, clipped), clipped > plain
@@ -203,11 +197,11 @@ class Policy:
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        messages = [{"role": "system", "content": instructions}] * bool(instructions) + [{"role": "user", "content": observation}]
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": observation}][not instructions :]
         return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))[:]
 
     def answer(self, observation, ended):
-        """Ids that the chat template adds for an observation; it closes the agent's turn, unless `ended` by a sampled token."""
+        """Ids that the template adds for an observation, after closing the agent's turn if no sampled token `ended` it."""
         ids = self.encode(self.frame[0] + observation.strip() + self.frame[1])
         return ids[ids.index(self.end) + 1 :] if ended else ids
 
@@ -238,17 +232,28 @@ def load_policy(cfg, path):
         chat_frame(tokenizer)  # a missing chat template shows before gigabytes are read
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(cfg.device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {reason}") from None
+        raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {' '.join(str(error).split())[:200]}") from None
     if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and cfg.device != "cpu"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model, tokenizer, cfg.temperature)
 
 
-def save_policy(policy, folder):
+def save_policy(model, tokenizer, folder):
     """Write what `from_pretrained` reads. The tokenizer comes last: with it, the folder is complete."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def warm_start(env, cfg):
+    """Folder of the embedded policy for this environment, made on first use. Its name covers all it depends on."""
+    if not hasattr(env, "demonstration"):
+        raise UsageError(f"--model tiny learns from demonstrations, and --env {cfg.env} has none: name a model with --model")
+    versions, code = (torch.__version__, transformers.__version__), map(inspect.getsource, (inspect.getmodule(type(env)), envs))
+    key = json.dumps([cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, *versions, *code])
+    folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not (folder / "tokenizer_config.json").exists():
+        save_policy(*envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise), folder)
+    return folder
 
 
 # ---------------------------------------------------------------- 3. rollout: many trajectories, many turns, one batch
@@ -286,11 +291,9 @@ class Trajectory:
 
 
 class SlotCache:
-    """Key-value cache in which a token's slot is its position: every row grows at its own length, without holes.
+    """Key-value cache in which a token's slot is its position: every row grows at its own length, without holes."""
 
-    Padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it.
-    """
-
+    # padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it
     layers = ()  # per layer [keys, values], each (B, heads, capacity, head size), zero where unused
 
     def prepare(self, slots, used):
@@ -311,7 +314,7 @@ class SlotCache:
 
 
 def next_logits(policy, cache, trajectories):
-    """Logits (B, V) of each trajectory's next token, by a forward over what is not in the cache yet: prompt, answer or token."""
+    """Logits (B, V) of each trajectory's next token: a forward over what is not in the cache yet, prompt, answer or token."""
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
     pending = [torch.tensor(t.ids[start:]) for t, start in zip(trajectories, starts)]
     ids = pad_sequence(pending, batch_first=True).to(policy.device)  # (B, T), padded on the right
@@ -364,16 +367,12 @@ def act(policy, t, seed, cfg):
     ids = policy.answer(response.observation, t.ids[-1] == policy.end)
     full = len(t.responses) >= cfg.max_turns or len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
     t.done = bool(terminated or truncated or full)
-    if not t.done:
-        t.ids += ids
+    t.ids += [] if t.done else ids
 
 
 @torch.no_grad()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
-    """Play `group_size` episodes of the task of each seed, in one batch, turn by turn; `stream` names the random numbers.
-
-    Returns: the trajectories, those of a task one after the other; each plays in an environment of its own.
-    """
+    """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers."""
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
     numbered = zip(range(len(seeds) * group_size), environments)
     trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
@@ -429,9 +428,9 @@ def sampled_logps(policy, trajectories):
 
 
 def accumulate_gradients(policy, trajectories, cfg):
-    """Gradients of one optimizer step, a sum over tokens. Returns sums: loss, tokens, clipped, |old log-prob - log-prob now|."""
+    """Gradients of one optimizer step, a sum over tokens. Returns sums: loss, tokens, clipped, |old - new log-prob|."""
     rule, sums = ESTIMATORS[cfg.estimator], torch.zeros(4)
-    lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) once, so micro-batches change nothing
+    lengths = torch.tensor([sum(len(r.logp) for r in t.responses) for t in trajectories])  # (N,) over all
     weights = dict(zip(map(id, trajectories), rule.token_weight(lengths).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient
     for batch in micro_batches(moving, cfg.micro_batch_tokens):
@@ -441,16 +440,15 @@ def accumulate_gradients(policy, trajectories, cfg):
         token_loss, clipped = clipped_loss(logp, old_logp, advantage, rule.clip_low, rule.clip_high)
         loss = (weight * token_loss).sum()
         loss.backward()
-        gap = (logp.detach() - old_logp).abs()
-        sums += torch.tensor([loss.item(), len(logp), clipped.sum().item(), gap.sum().item()])
+        gap = (logp.detach() - old_logp).abs().sum().item()
+        sums += torch.tensor([loss.item(), len(logp), clipped.sum().item(), gap])
     return sums.tolist()
 
 
 def update(policy, optimizer, trajectories, cfg, step):
     """PPO-clip on one rollout batch: `epochs` passes of `minibatches` optimizer steps, old log-probs from sampling.
 
-    A step whose loss or gradient is not finite is skipped and counted; where no reward varies there is no step at all.
-    Returns: metrics, means over the optimizer steps; logp_gap is that of the first, before the weights move.
+    A step that is not finite is skipped and counted; where no reward varies there is none. Returns: metrics, means over steps.
     """
     policy.model.train()
     shuffler, usable = random.Random(f"{cfg.seed}/minibatches/{step}"), [t for t in trajectories if not t.error]
@@ -467,73 +465,13 @@ def update(policy, optimizer, trajectories, cfg, step):
                 taken.append((loss, norm, clipped / tokens))
             else:
                 skipped += 1
-            gaps.append(gap / tokens)
+            gaps.append(gap / tokens)  # the first is measured before the weights move: pure rounding
             optimizer.zero_grad()
-    loss, norm, clipped = [fmean(column) for column in zip(*taken)] or [0.0] * 3
-    counts = {"logp_gap": gaps[:2][-1], "updates": len(taken), "skipped_updates": skipped}
-    return {"loss": loss, "grad_norm": norm, "clip_fraction": clipped, **counts}
+    means = dict(zip(("loss", "grad_norm", "clip_fraction"), [fmean(c) for c in zip(*taken)] or [0.0] * 3))
+    return means | {"logp_gap": gaps[:2][-1], "updates": len(taken), "skipped_updates": skipped}
 
 
-# ---------------------------------------------------------------- 5. the embedded policy: built, warm-started, kept
-
-# It knows its task already, so its chat template passes over the system prompt.
-TEMPLATE = """{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}\
-{% if add_generation_prompt %}<|assistant|>{% endif %}"""
-
-
-def tiny_policy(texts, seed):
-    """An untrained Qwen2 of 0.2 M parameters, with Qwen2's tokenizer trained until every word of `texts` is one token."""
-    special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, new_special_tokens=special)
-    tokenizer.eos_token, tokenizer.chat_template = "<|end|>", TEMPLATE
-    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
-    config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **shape)
-    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
-    torch.manual_seed(seed)
-    return Policy(transformers.Qwen2ForCausalLM(config), tokenizer)
-
-
-def clone_behaviour(env, steps, noise, seed=0, batch=24):
-    """Warm start: next-token prediction on scripted demonstrations that are sometimes wrong. Returns: a Policy.
-
-    The loss runs over all tokens: from actions alone, a model this small never learns to copy the object's name.
-    """
-    rng = random.Random(f"demonstrations/{seed}")
-    policy = tiny_policy((text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn), seed)
-    inner = [p for p in policy.body.layers.parameters() if p.ndim == 2]  # matrices: by Muon they learn to copy much earlier
-    outer = [p for p in policy.model.parameters() if p not in set(inner)]
-    optimizers = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outer, lr=4e-3, betas=(0.9, 0.98))
-    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=max(1, steps)) for o in optimizers]
-    for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
-        rows = []
-        for (prompt, action), *turns in (env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(batch)):
-            ids = policy.opening("", prompt) + policy.encode(action) + [policy.end]
-            for observation, action in turns:
-                ids += policy.answer(observation, True) + policy.encode(action) + [policy.end]
-            rows.append(torch.tensor(ids))
-        labels = pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
-        loss = policy.model(labels.clamp_min(0), labels=labels, use_cache=False).loss
-        loss.backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        policy.model.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    return policy
-
-
-def warm_start(env, cfg):
-    """Folder of the embedded policy for this environment, made on first use. Its name covers all it depends on."""
-    if not hasattr(env, "demonstration"):
-        raise UsageError(f"--model tiny learns from demonstrations, and --env {cfg.env} has none: name a model with --model")
-    code = map(inspect.getsource, (inspect.getmodule(type(env)), Policy, chat_frame, tiny_policy, clone_behaviour))
-    key = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, TEMPLATE, torch.__version__, transformers.__version__, *code]
-    folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    if not (folder / "tokenizer_config.json").exists():
-        save_policy(clone_behaviour(env, cfg.warm_steps, cfg.warm_noise), folder)
-    return folder
-
-
-# ---------------------------------------------------------------- 6. training, and what it shows
+# ---------------------------------------------------------------- 5. training, and what it shows
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm: act, credit and modulate, learn. Step 0 measures the starting policy and trains nothing.
 
@@ -543,19 +481,22 @@ def train_step(policy, optimizer, environments, cfg, step):
     seeds = random.Random(f"{cfg.seed}/tasks/{step}").sample(range(HELD_OUT), cfg.groups)
     trajectories = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}")
     acted = time.perf_counter()
+    crashes = [t.error for t in trajectories if t.error]
+    if 2 * len(crashes) > len(trajectories):
+        raise RuntimeError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
     assign_credit(trajectories, cfg)
     learned = update(policy, optimizer, trajectories if step else [], cfg, step)
     responses = [r for t in trajectories for r in t.responses]
-    alpha = [r.alpha for r in responses]
+    alpha, seconds = [r.alpha for r in responses], time.perf_counter() - acted
     metrics = {
         "step": step, "success": fmean(t.success for t in trajectories), "reward": fmean(t.reward for t in trajectories),
         "response_entropy": fmean(sum(r.entropy) for r in responses),
         "token_entropy": fmean(h for r in responses for h in r.entropy),
         "alpha_min": min(alpha), "alpha_max": max(alpha), "turns": fmean(len(t.responses) for t in trajectories),
         "response_tokens": fmean(len(r.logp) for r in responses), "invalid_actions": fmean(t.invalid for t in trajectories),
-        "env_errors": sum(bool(t.error) for t in trajectories),
+        "env_errors": len(crashes), "rollout_seconds": acted - start, "update_seconds": seconds,
     }  # fmt: skip
-    return trajectories, metrics | learned | {"rollout_seconds": acted - start, "update_seconds": time.perf_counter() - acted}
+    return trajectories, metrics | learned
 
 
 def evaluate(policy, environments, cfg):
@@ -565,19 +506,19 @@ def evaluate(policy, environments, cfg):
         trajectories += rollout(policy, environments, seeds[first : first + len(environments)], 1, cfg, f"eval/{first}")
     kinds = sorted({t.task_type for t in trajectories})
     by_type = {kind: fmean(t.success for t in trajectories if t.task_type == kind) for kind in kinds}
-    success = {"eval_success": fmean(t.success for t in trajectories), "eval_by_type": by_type}
-    return success | {"eval_seconds": time.perf_counter() - start}
+    success, seconds = fmean(t.success for t in trajectories), time.perf_counter() - start
+    return {"eval_success": success, "eval_by_type": by_type, "eval_seconds": seconds}
 
 
 def readable(trajectories, step):
     """The best and the worst trajectory of the group whose alphas differ most, as text with each response's numbers."""
     chosen = max(trajectories, key=lambda t: max((r.alpha for r in t.responses), default=0)).group
     group, text = sorted((t for t in trajectories if t.group == chosen), key=lambda t: t.reward), ""
-    for t in (group[-1], group[0]):
+    for t in group[-1], group[0]:
         text += f"=== step {step}, {t.task_type} task, reward {t.reward:.1f} after {len(t.responses)} turns\n{t.prompt}\n"
         for r in t.responses:
-            numbers = f"H_bar {fmean(r.entropy):.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}"
-            text += f"  > {r.text:<40} {numbers}\n{r.observation}\n"
+            text += f"  > {r.text:<40} H_bar {fmean(r.entropy):.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}\n"
+            text += f"{r.observation}\n"
         text += t.error + "\n"
     return text
 
@@ -631,11 +572,11 @@ def train(cfg):
             with open(run / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
-            shown = {k: f"{row[k]:.2f}" for k in ("success", "reward", "response_entropy", "alpha_min", "alpha_max")}
-            bar.set_postfix(shown, env_errors=row["env_errors"])
+            shown = "success", "reward", "response_entropy", "alpha_min", "alpha_max", "env_errors"
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     finally:  # also on Ctrl-C: what was learned is kept
-        save_policy(policy, run / "checkpoint")
-    plot_curves(run)
+        save_policy(policy.model, policy.tokenizer, run / "checkpoint")
+        plot_curves(run)
     before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
     print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
     print(*(f"{kind:<20}{before[kind]:>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
@@ -644,7 +585,7 @@ def train(cfg):
 
 
 def main():
-    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False, usage="python aem.py [--flag value ...]")
+    parser = transformers.HfArgumentParser(Config, usage="python aem.py [--flag value ...]", allow_abbrev=False)
     cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
         if unknown:

@@ -6,14 +6,12 @@ An environment speaks Gymnasium's signature, with text on both sides:
     observation, info = env.reset(seed=0)          # the same seed is the same task
     observation, reward, terminated, truncated, info = env.step("go to fridge")
 
-What a trainer may read besides:
-    env.instructions      how to act, for the system prompt of a model that has never seen the task ("" if absent)
-    info["task_type"]     the kind of task, for a table of success per kind (after `reset`)
-    info["success"]       True once the task is solved (after `step`)
-    info["invalid"]       True if the action could not be carried out (after `step`)
-    env.demonstration(seed, noise)   a scripted episode to warm-start a small policy on; optional
-
-Your own environment: `--env my_module:MyClass`. To add one here, register the class in `ENVS`.
+What a trainer may read besides, all optional:
+    env.instructions      how to act, for the system prompt of a model that has never seen the task
+    info["task_type"]     after `reset`: the kind of task, for a table of success per kind
+    info["success"]       after `step`: True once the task is solved
+    info["invalid"]       after `step`: True if the action could not be carried out
+    env.demonstration(seed, noise)   a scripted episode, for the embedded policy to imitate
 """
 
 import importlib
@@ -22,22 +20,10 @@ import re
 
 # room: (its receptacles, the objects that may lie in them)
 ROOMS = {
-    "kitchen": (
-        ["fridge", "microwave", "sinkbasin", "countertop", "drawer"],
-        ["apple", "egg", "mug", "plate"],
-    ),
-    "bathroom": (
-        ["sinkbasin", "bathtub", "toilet", "shelf", "drawer"],
-        ["cloth", "towel", "soapbar", "candle"],
-    ),
-    "bedroom": (
-        ["bed", "desk", "armchair", "shelf", "drawer"],
-        ["book", "pen", "laptop", "pillow"],
-    ),
-    "livingroom": (
-        ["sofa", "coffeetable", "armchair", "shelf", "drawer"],
-        ["book", "box", "vase", "watch"],
-    ),
+    "kitchen": (["fridge", "microwave", "sinkbasin", "countertop", "drawer"], ["apple", "egg", "mug", "plate"]),
+    "bathroom": (["sinkbasin", "bathtub", "toilet", "shelf", "drawer"], ["cloth", "towel", "soapbar", "candle"]),
+    "bedroom": (["bed", "desk", "armchair", "shelf", "drawer"], ["book", "pen", "laptop", "pillow"]),
+    "livingroom": (["sofa", "coffeetable", "armchair", "shelf", "drawer"], ["book", "box", "vase", "watch"]),
 }
 # ALFWorld's six task types: (rooms that can host it, what the agent is told).
 TASKS = {
@@ -49,25 +35,20 @@ TASKS = {
     "two": (("kitchen", "bathroom", "bedroom", "livingroom"), "put two {object} in the {target}"),
 }
 TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> the fixture that does it
-HAND = "hand"
 
 
 class Household:
     """A miniature of ALFWorld: find hidden objects in a room, change them, put them somewhere. Text in, text out.
 
-    A task is one of six types in one of four rooms with five receptacles. What a receptacle holds is seen only on
-    going there, and the agent carries one object at a time. Actions: `go to P`, `take O from P`, `put O in P`,
-    `clean|heat|cool O with P`, `use desklamp`, `look`.
-
-    Reward, as in the paper: 10 for solving the task (which ends the episode), 0 otherwise, -0.1 for an invalid action.
-    The episode is truncated after `max_turns` actions; every task can be solved within 12.
+    A task is one of six types in one of four rooms with five receptacles; `instructions` lists the actions. Reward, as in
+    the paper: 10 for solving the task (which ends the episode), 0 otherwise, -0.1 for an invalid action. The episode is
+    truncated after `max_turns` actions; every task can be solved within 12.
     """
 
     instructions = (
-        "You are a household robot in a room. Solve the task with as few actions as you can. What a place holds is seen "
-        "only on going there, and you carry one object at a time.\nThe actions are: go to PLACE; take OBJECT from PLACE; "
-        "put OBJECT in PLACE; clean OBJECT with sinkbasin; heat OBJECT with microwave; cool OBJECT with fridge; "
-        "use desklamp; look.\nReply with one action and nothing else, for example: go to drawer"
+        "You are a household robot. What a place holds is seen only on going there, and you carry one object at a time. "
+        "Actions: go to PLACE; take OBJECT from PLACE; put OBJECT in PLACE; clean OBJECT with sinkbasin; heat OBJECT with "
+        "microwave; cool OBJECT with fridge; use desklamp; look. Reply with one action and nothing else, like: go to drawer"
     )
 
     def __init__(self, max_turns=12):
@@ -108,13 +89,12 @@ class Household:
         return actions + (["use desklamp"] if self.here and self.here == self.lamp else [])
 
     def step(self, action):
-        """Carry out one action, free text. Returns `(observation, reward, terminated, truncated, info)`.
+        """Carry out an action, whatever its case, articles and full stop; one that is not admissible is invalid.
 
-        Case, spacing, articles and a final full stop do not matter. An action that is not admissible changes nothing,
-        costs 0.1 and counts as a turn. After the end of an episode every action is answered the same way.
+        Returns `(observation, reward, terminated, truncated, info)`.
         """
         if self.done:
-            return "The episode is over.", 0.0, self.solved, not self.solved, {"success": False, "invalid": True}
+            return "The episode is over.", 0.0, self.solved, not self.solved, {"success": self.solved, "invalid": True}
         action = " ".join(re.sub(r"\b(the|an|a)\b|[.`'\"]", " ", action.lower()).split())
         invalid = action not in self.admissible()
         observation = "Nothing happens." if invalid else self._act(*action.split())
@@ -130,8 +110,7 @@ class Household:
         if verb == "go":
             self.here = words[-1]
         elif verb == "take":
-            held = next(o for o in self.objects if o[0] == words[0] and o[1] == self.here)
-            held[1] = HAND
+            next(o for o in self.objects if o[0] == words[0] and o[1] == self.here)[1] = "hand"
             return f"You take the {words[0]}."
         elif verb == "put":
             held[1] = self.here
@@ -152,7 +131,7 @@ class Household:
         return f"You see {', '.join(names) or 'nothing'}."
 
     def _held(self):
-        return next((o for o in self.objects if o[1] == HAND), None)
+        return next((o for o in self.objects if o[1] == "hand"), None)
 
     def _ready(self, item):
         """Whether an object is as the task wants it, wherever it is."""
@@ -164,23 +143,23 @@ class Household:
             return self.examined
         return sum(self._ready(o) and o[1] == self.target for o in self.objects) >= (2 if self.kind == "two" else 1)
 
-    def expert(self, rng=random):
-        """The next action of a scripted agent that knows only what it has seen; it searches in random order (`rng`)."""
+    def expert(self):
+        """The next action of a scripted agent that knows only what it has seen; it searches in the order of the list."""
         held = self._held()
         if held and held[0] != self.object:
             return f"put {held[0]} in {self.here}"
         if held and self.kind == "examine":
-            return self._visit(self.lamp if self.lamp in self.seen else None, rng) or "use desklamp"
+            return self._visit(self.lamp if self.lamp in self.seen else None) or "use desklamp"
         if held and not self._ready(held):
-            return self._visit(TOOLS[self.kind], rng) or f"{self.kind} {held[0]} with {self.here}"
+            return self._visit(TOOLS[self.kind]) or f"{self.kind} {held[0]} with {self.here}"
         if held:
-            return self._visit(self.target, rng) or f"put {held[0]} in {self.here}"
+            return self._visit(self.target) or f"put {held[0]} in {self.here}"
         left = [o for o in self.objects if o[0] == self.object and o[1] in self.seen]
         left = [o for o in left if not (o[1] == self.target and self._ready(o))]  # not those already delivered
         left.sort(key=lambda o: o[1] != self.here)  # what lies here first
-        return self._visit(left[0][1] if left else None, rng) or f"take {left[0][0]} from {self.here}"
+        return self._visit(left[0][1] if left else None) or f"take {left[0][0]} from {self.here}"
 
-    def _visit(self, place, rng):
+    def _visit(self, place):
         """`go to place` unless already there (then None); if it is unknown (None), search where nobody has looked."""
         if place is None:
             place = next(p for p in self.places if p not in self.seen and p != self.target)
@@ -193,12 +172,12 @@ class Household:
     def demonstration(self, seed, noise=0.0):
         """One scripted episode: the expert, but each action is replaced by a random one with chance `noise`.
 
-        Returns `[(observation, action), ...]`, the first observation being the task's. It may well fail.
+        Returns `[(observation, action), ...]`; it may well fail.
         """
         rng = random.Random(f"demonstration/{seed}")
         observation, turns = self.reset(seed=seed)[0], []
         while not self.done:
-            action = self._slip(rng) if rng.random() < noise else self.expert(rng)
+            action = self._slip(rng) if rng.random() < noise else self.expert()
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns
@@ -221,3 +200,51 @@ def make(name, **kwargs):
         return getattr(importlib.import_module(module), attribute)(**kwargs)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot load environment {name!r}: {error}") from error
+
+
+# The embedded policy's chat template. It knows its task already, so it passes over the system prompt.
+TEMPLATE = """{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def untrained(texts, seed=0):
+    """A new Qwen2 of 0.2 M parameters, and Qwen2's tokenizer trained until every word of `texts` is one token."""
+    import torch
+    import transformers
+
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, new_special_tokens=special)
+    tokenizer.eos_token, tokenizer.chat_template, tokenizer.padding_side = "<|end|>", TEMPLATE, "right"
+    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **shape)
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    return transformers.Qwen2ForCausalLM(config), tokenizer
+
+
+def embedded_policy(env, steps, noise, batch=24):
+    """A small (model, tokenizer) to start RL from, without a download: it has imitated `env.demonstration`, mistakes and all.
+
+    The loss runs over all tokens: from actions alone, a model this small never learns to copy the object's name.
+    """
+    import torch
+    from tqdm import tqdm
+
+    rng = random.Random("demonstrations")
+    model, tokenizer = untrained(text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn)
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]  # matrices: by Muon they learn to copy much earlier
+    outer = [p for p in model.parameters() if p not in set(inner)]
+    optimizers = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outer, lr=4e-3, betas=(0.9, 0.98))
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=max(1, steps)) for o in optimizers]
+    for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
+        episodes = [env.demonstration(rng.randrange(2**30), noise) for _ in range(batch)]
+        texts = ["".join(f"<|user|>{o}<|end|><|assistant|>{a}<|end|>" for o, a in turns) for turns in episodes]
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")  # (B, T), padded on the right
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        loss = model(inputs["input_ids"], labels=labels, use_cache=False).loss
+        loss.backward()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return model, tokenizer

@@ -76,7 +76,7 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def tiny():
     """A policy that has hardly begun to learn: its responses have all lengths, and some run into the limit."""
-    return aem.clone_behaviour(envs.Household(), 30, 0.2, batch=10)
+    return aem.Policy(*envs.embedded_policy(envs.Household(), 30, 0.2, batch=10))
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
     assert cut > 3 and ended > 3
 
 
-@pytest.mark.parametrize("template", [aem.TEMPLATE, CHATML, LLAMA3])
+@pytest.mark.parametrize("template", [envs.TEMPLATE, CHATML, LLAMA3])
 def test_appended_ids_equal_the_whole_conversation_rendered(tiny, template):
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -647,7 +647,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, monkeypatch, ca
     where = [] if "--out" in flags else ["--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["aem.py", *where, "--cache_dir", str(tmp_path / "cache"), *flags])
     monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
-    monkeypatch.setattr(aem, "clone_behaviour", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(envs, "embedded_policy", lambda *args: pytest.fail("work was begun"))
     before = set(tmp_path.iterdir())
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
