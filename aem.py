@@ -54,7 +54,7 @@ class Config:
     aem: bool = flag(True, "multiply each response's advantage by AEM's alpha; 'false' gives the plain baseline")
     lam: float = flag(1.0, "lambda, strength of the modulation: max alpha / min alpha <= e^lambda; 0 turns it off")
     min_range: float = flag(0.1, "gate: alpha = 1 in a group whose H_bar spans less than this, in nats")
-    steps: int = flag(120, "training steps, each a rollout batch and its update")
+    steps: int = flag(100, "training steps, each a rollout batch and its update")
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
     max_turns: int = flag(12, "responses per trajectory at most")
@@ -73,8 +73,8 @@ class Config:
     eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
     out: str = flag("runs", "folder that holds the runs")
     name: str = flag("", "the run's folder in --out; by default after env, estimator, seed and time")
-    warm_steps: int = flag(600, "behaviour-cloning steps that warm-start the 'tiny' policy")
-    warm_noise: float = flag(0.25, "share of random actions in its demonstrations")
+    warm_steps: int = flag(1000, "behaviour-cloning steps that warm-start the 'tiny' policy")
+    warm_noise: float = flag(0.35, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept for the next run")
 
     def check(self):
@@ -561,7 +561,7 @@ def train(cfg):
     lr = cfg.lr if cfg.lr is not None else 7e-4 if policy.model.num_parameters() < 1e7 else 1e-6
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    rows = []
+    rows, shown = [], ("success", "reward", "response_entropy", "alpha_min", "alpha_max", "env_errors")
     try:
         for step in (bar := tqdm(range(cfg.steps + 1), desc=run.name, unit="step")):
             trajectories, row = train_step(policy, optimizer, environments, cfg, step)
@@ -572,11 +572,11 @@ def train(cfg):
             with open(run / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
-            shown = "success", "reward", "response_entropy", "alpha_min", "alpha_max", "env_errors"
             bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     finally:  # also on Ctrl-C: what was learned is kept
         save_policy(policy.model, policy.tokenizer, run / "checkpoint")
-        plot_curves(run)
+        if rows:
+            plot_curves(run)
     before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
     print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
     print(*(f"{kind:<20}{before[kind]:>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
@@ -585,7 +585,7 @@ def train(cfg):
 
 
 def main():
-    parser = transformers.HfArgumentParser(Config, usage="python aem.py [--flag value ...]", allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, description=__doc__, usage="aem.py [--flag value]", allow_abbrev=False)
     cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
         if unknown:

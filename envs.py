@@ -20,10 +20,10 @@ import re
 
 # room: (its receptacles, the objects that may lie in them)
 ROOMS = {
-    "kitchen": (["fridge", "microwave", "sinkbasin", "countertop", "drawer"], ["apple", "egg", "mug", "plate"]),
-    "bathroom": (["sinkbasin", "bathtub", "toilet", "shelf", "drawer"], ["cloth", "towel", "soapbar", "candle"]),
-    "bedroom": (["bed", "desk", "armchair", "shelf", "drawer"], ["book", "pen", "laptop", "pillow"]),
-    "livingroom": (["sofa", "coffeetable", "armchair", "shelf", "drawer"], ["book", "box", "vase", "watch"]),
+    "kitchen": (["fridge", "microwave", "sinkbasin", "countertop"], ["apple", "egg", "mug", "plate"]),
+    "bathroom": (["sinkbasin", "bathtub", "shelf", "drawer"], ["cloth", "towel", "soapbar", "candle"]),
+    "bedroom": (["bed", "desk", "shelf", "drawer"], ["book", "pen", "laptop", "pillow"]),
+    "livingroom": (["sofa", "armchair", "shelf", "drawer"], ["book", "box", "vase", "watch"]),
 }
 # ALFWorld's six task types: (rooms that can host it, what the agent is told).
 TASKS = {
@@ -40,7 +40,7 @@ TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb ->
 class Household:
     """A miniature of ALFWorld: find hidden objects in a room, change them, put them somewhere. Text in, text out.
 
-    A task is one of six types in one of four rooms with five receptacles; `instructions` lists the actions. Reward, as in
+    A task is one of six types in one of four rooms with four receptacles; `instructions` lists the actions. Reward, as in
     the paper: 10 for solving the task (which ends the episode), 0 otherwise, -0.1 for an invalid action. The episode is
     truncated after `max_turns` actions; every task can be solved within 12.
     """

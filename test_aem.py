@@ -44,7 +44,8 @@ class Echo:
         self.turns += 1
         success = text.strip() == self.word
         answer = "No." + " Try again." * (len(text) % 4)
-        return answer, 10.0 * success, success, self.turns >= self.limit and not success, {"success": success, "invalid": not text.strip()}
+        info = {"success": success, "invalid": not text.strip()}
+        return answer, 10.0 * success, success, self.turns >= self.limit and not success, info
 
     def demonstration(self, seed, noise):
         observation, rng, turns = self.reset(seed=seed)[0], random.Random(seed), []
@@ -199,7 +200,8 @@ def test_grpo_golden_numbers():
     expected = [1.499997, -0.499999, -0.499999, -0.499999, -1.5, 0.5, 0.5, 0.5]
     assert aem.group_advantages(rewards, group).tolist() == pytest.approx(expected, abs=1e-6)
     # a two-turn win against a ten-turn loss: statistics run over trajectories, turns do not enter
-    assert aem.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).tolist() == pytest.approx([0.70710578, -0.70710578], abs=1e-6)
+    ragged = aem.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+    assert ragged.tolist() == pytest.approx([0.707106, -0.707106], abs=2e-6)
     with pytest.raises(ValueError, match="one trajectory"):
         aem.group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
 
@@ -243,7 +245,8 @@ def random_model(family, vocabulary, end):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_cached_rollout_equals_a_full_forward(family, tiny):
     policy = aem.Policy(random_model(family, len(tiny.tokenizer), tiny.end), tiny.tokenizer, temperature=0.7)
-    trajectories = aem.rollout(policy, [Echo(6) for _ in range(8)], [1, 2], 4, config(max_turns=6, max_response_tokens=7), family)
+    cfg = config(max_turns=6, max_response_tokens=7)
+    trajectories = aem.rollout(policy, [Echo(6) for _ in range(8)], [1, 2], 4, cfg, family)
     assert len({len(t.ids) for t in trajectories}) > 3  # ragged
     for t in trajectories:
         with torch.no_grad():
@@ -264,7 +267,8 @@ def test_a_trajectory_does_not_depend_on_its_batch(tiny):
     fewer = aem.rollout(tiny, [envs.Household(4) for _ in range(2)], seeds[:1], 2, cfg, "x")
     assert [t.ids for t in fewer] == [t.ids for t in together[:2]]
     assert together[0].ids != together[1].ids
-    assert [t.ids for t in aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")] != [t.ids for t in together]
+    other = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")
+    assert [t.ids for t in other] != [t.ids for t in together]
 
 
 def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
@@ -306,7 +310,8 @@ def test_sampling_is_the_inverse_cdf():
     logits = torch.tensor([[math.log(0.2), -math.inf, math.log(0.5), math.log(0.3), -math.inf]])
     points = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
     assert aem.sample(logits.expand(6, -1), points).tolist() == [0, 0, 2, 2, 3, 3]  # never one of probability 0
-    many = aem.sample(logits.expand(20000, -1), torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    many = aem.sample(logits.expand(20000, -1), uniform)
     assert (many.bincount(minlength=5) / 20000).tolist() == pytest.approx([0.2, 0, 0.5, 0.3, 0], abs=0.015)
 
 
@@ -324,6 +329,12 @@ def test_a_crashing_environment_fails_only_its_own_trajectories(tiny):
     assert aem.update(tiny, optimizer, trajectories, cfg, 1)["updates"] == 1
 
 
+def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
+    monkeypatch.setattr(Crashing, "step", lambda self, text: 1 / 0)
+    with pytest.raises(RuntimeError, match="crashed in 16 of 16(.|\n)*ZeroDivisionError"):
+        aem.train_step(tiny, None, [Crashing() for _ in range(16)], config(), 1)
+
+
 def test_trajectories_end_at_the_length_limit(tiny):
     cfg = config(max_turns=50, max_length=90)
     for t in aem.rollout(tiny, [envs.Household(50) for _ in range(4)], [1, 2], 2, cfg, "long"):
@@ -334,7 +345,8 @@ def test_trajectories_end_at_the_length_limit(tiny):
 
 
 def test_modulated_advantages_against_a_slow_loop(played):
-    alpha = slow_alpha([sum(r.entropy) / len(r.entropy) for t in played for r in t.responses], [t.group for t in played for _ in t.responses], 1.0, 0.1)
+    h_bar = [sum(r.entropy) / len(r.entropy) for t in played for r in t.responses]
+    alpha = slow_alpha(h_bar, [t.group for t in played for _ in t.responses], 1.0, 0.1)
     assert [r.alpha for t in played for r in t.responses] == pytest.approx(alpha, abs=1e-5)
     assert max(alpha) > 1.05
     for t in played:
@@ -388,7 +400,12 @@ def test_micro_batches_hold_everything_within_the_budget(played):
 
 def test_only_sampled_positions_get_gradient(tiny, played):
     policy, seen = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer), []
-    policy.body.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state) or seen[-1].retain_grad())
+
+    def keep_gradient(module, args, output):
+        seen.append(output.last_hidden_state)
+        seen[0].retain_grad()
+
+    policy.body.register_forward_hook(keep_gradient)
     aem.sampled_logps(policy, played).sum().backward()
     touched = seen[0].grad.abs().sum(-1) > 0  # (B, T)
     for row, t in enumerate(played):
@@ -410,7 +427,8 @@ class Bigram(torch.nn.Module):
         return self.head
 
     def get_decoder(self):
-        return lambda input_ids, **kwargs: transformers.modeling_outputs.BaseModelOutput(last_hidden_state=self.table(input_ids))
+        output = transformers.modeling_outputs.BaseModelOutput
+        return lambda input_ids, **kwargs: output(last_hidden_state=self.table(input_ids))
 
 
 def test_gradient_of_a_tabular_policy_by_hand(tiny, played):
@@ -488,10 +506,11 @@ def test_household_is_deterministic_and_rewards_as_it_says():
 
 def test_household_survives_rubbish():
     env, rng = envs.Household(), random.Random(0)
-    words = "go to take put in from clean with use the desklamp fridge apple \n \t '\"` \x00 é 漢 <|end|> {} % [0] None".split(" ")
+    words = "go to take put in from clean with use the desklamp fridge apple '\"` \x00 é 漢 <|end|> {} % [0] None".split()
     env.reset(seed=0)
     for i in range(10000):
-        text = " ".join(rng.choices(words, k=rng.randint(0, 6))) if i % 2 else "".join(map(chr, rng.choices(range(1, 0x2FFF), k=9)))
+        text = " ".join(rng.choices(words, k=rng.randint(0, 6)))
+        text = text if i % 2 else "".join(map(chr, rng.choices(range(1, 0x2FFF), k=9)))
         observation, reward, terminated, truncated, info = env.step(text)
         assert isinstance(observation, str) and reward in (0.0, -0.1, 10.0, 9.9)
         if terminated or truncated:
@@ -515,7 +534,8 @@ def test_a_task_is_solved_only_as_asked():
     for action in (f"go to {raw[1]}", f"take {raw[0]} from {raw[1]}", f"go to {env.target}"):
         env.step(action)
     assert not env.step(f"put {raw[0]} in {env.target}")[4]["success"]  # in place, but cold
-    for action in (f"take {raw[0]} from {env.target}", "go to microwave", f"heat {raw[0]} with microwave", f"go to {env.target}"):
+    then = (f"take {raw[0]} from {env.target}", "go to microwave", f"heat {raw[0]} with microwave", f"go to {env.target}")
+    for action in then:
         assert not env.step(action)[4]["success"]
     assert env.step(f"put {raw[0]} in {env.target}")[1:3] == (10.0, True)
 
