@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import envs
 
-HELD_OUT = 2**30  # training tasks have seeds below, evaluation tasks from here on: they never overlap
+HELD_OUT = envs.HELD_OUT  # training tasks have seeds below, evaluation tasks from here on: they never overlap
 
 
 class UsageError(ValueError):
@@ -72,7 +72,7 @@ class Config:
     eval_every: int = flag(20, "steps between evaluations; there is one before the first step and after the last too")
     eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
     out: str = flag("runs", "folder that holds the runs")
-    name: str = flag("", "the run's folder in --out; by default after env, estimator, seed and time")
+    name: str = flag("", "the run's folder in --out; by default after env, estimator and seed, numbered")
     warm_steps: int = flag(1000, "behaviour-cloning steps that warm-start the 'tiny' policy")
     warm_noise: float = flag(0.35, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept for the next run")
@@ -233,7 +233,7 @@ def load_policy(cfg, path):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(cfg.device)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {' '.join(str(error).split())[:200]}") from None
-    if cfg.gradient_checkpointing or (cfg.gradient_checkpointing is None and cfg.device != "cpu"):
+    if cfg.gradient_checkpointing or cfg.gradient_checkpointing is None and cfg.device != "cpu":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model, tokenizer, cfg.temperature)
 
@@ -481,8 +481,7 @@ def train_step(policy, optimizer, environments, cfg, step):
     seeds = random.Random(f"{cfg.seed}/tasks/{step}").sample(range(HELD_OUT), cfg.groups)
     trajectories = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}")
     acted = time.perf_counter()
-    crashes = [t.error for t in trajectories if t.error]
-    if 2 * len(crashes) > len(trajectories):
+    if 2 * len(crashes := [t.error for t in trajectories if t.error]) > len(trajectories):
         raise RuntimeError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
     assign_credit(trajectories, cfg)
     learned = update(policy, optimizer, trajectories if step else [], cfg, step)
@@ -546,7 +545,8 @@ def train(cfg):
     cfg.check()
     transformers.utils.logging.disable_progress_bar()
     start, name = time.perf_counter(), f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' * cfg.aem}-seed{cfg.seed}"
-    run = Path(cfg.out) / (cfg.name or f"{name}-{time.strftime('%m%d-%H%M%S')}")
+    numbered = (Path(cfg.out) / f"{name}-{i}" for i in range(1, 10**6))
+    run = Path(cfg.out) / cfg.name if cfg.name else next(folder for folder in numbered if not folder.exists())
     try:
         run.mkdir(parents=True)
     except OSError as error:

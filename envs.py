@@ -17,6 +17,9 @@ What a trainer may read besides, all optional:
 import importlib
 import random
 import re
+import zlib
+
+HELD_OUT = 2**30  # seeds from here on are for evaluation
 
 # room: (its receptacles, the objects that may lie in them)
 ROOMS = {
@@ -57,7 +60,15 @@ class Household:
 
     def reset(self, *, seed=None, options=None):
         """Start a task. Returns `(observation, info)`; without a seed the task is drawn from the env's own RNG."""
-        rng = self.rng = random.Random(seed) if seed is not None else self.rng
+        self.rng = random.Random(seed) if seed is not None else self.rng
+        held_out = seed is not None and seed >= HELD_OUT
+        observation = self._draw(self.rng)
+        while held_out != (zlib.crc32(f"{observation} {self.objects} {self.lamp}".encode()) % 8 == 0):
+            observation = self._draw(self.rng)  # an eighth of all worlds is kept for evaluation, whatever the seeds
+        return observation, {"task_type": self.kind}
+
+    def _draw(self, rng):
+        """Make a random world and task; returns the first observation."""
         self.kind = rng.choice(list(TASKS))
         self.room = rng.choice(TASKS[self.kind][0])
         places, names = ROOMS[self.room]
@@ -73,12 +84,10 @@ class Household:
         self.here, self.turns, self.seen = None, 0, set()
         self.examined = self.solved = self.done = False
         task = TASKS[self.kind][1].format(object=self.object, target=self.target)
-        return f"You are in the {self.room}. {self._listing(self.places)} Your task: {task}.", {"task_type": self.kind}
+        return f"You are in the {self.room}. {self._listing(self.places)} Your task: {task}."
 
     def admissible(self):
         """The actions that can be carried out now, a list of text in a fixed order."""
-        if self.done:
-            return []
         actions = ["look"] + [f"go to {p}" for p in self.places if p != self.here]
         held = self._held()
         if held:
@@ -89,10 +98,7 @@ class Household:
         return actions + (["use desklamp"] if self.here and self.here == self.lamp else [])
 
     def step(self, action):
-        """Carry out an action, whatever its case, articles and full stop; one that is not admissible is invalid.
-
-        Returns `(observation, reward, terminated, truncated, info)`.
-        """
+        """Carry out an action, whatever its case, articles and full stop; what is not admissible is invalid."""
         if self.done:
             return "The episode is over.", 0.0, self.solved, not self.solved, {"success": self.solved, "invalid": True}
         action = " ".join(re.sub(r"\b(the|an|a)\b|[.`'\"]", " ", action.lower()).split())
@@ -101,8 +107,8 @@ class Household:
         self.turns += 1
         self.solved = self._check()
         self.done = self.solved or self.turns >= self.max_turns
-        reward = 10.0 * self.solved - 0.1 * invalid
-        return observation, reward, self.solved, self.done and not self.solved, {"success": self.solved, "invalid": invalid}
+        info = {"success": self.solved, "invalid": invalid}
+        return observation, 10.0 * self.solved - 0.1 * invalid, self.solved, self.done and not self.solved, info
 
     def _act(self, verb, *words):
         """Carry out an admissible action; returns what is seen."""
@@ -155,7 +161,7 @@ class Household:
         if held:
             return self._visit(self.target) or f"put {held[0]} in {self.here}"
         left = [o for o in self.objects if o[0] == self.object and o[1] in self.seen]
-        left = [o for o in left if not (o[1] == self.target and self._ready(o))]  # not those already delivered
+        left = [o for o in left if o[1] != self.target or not self._ready(o)]  # not yet delivered
         left.sort(key=lambda o: o[1] != self.here)  # what lies here first
         return self._visit(left[0][1] if left else None) or f"take {left[0][0]} from {self.here}"
 
@@ -165,19 +171,13 @@ class Household:
             place = next(p for p in self.places if p not in self.seen and p != self.target)
         return f"go to {place}" if place != self.here else None
 
-    def _slip(self, rng):
-        """A random action, now and then an impossible one."""
-        return rng.choice(self.admissible() + [f"take {rng.choice(ROOMS[self.room][1])} from {rng.choice(self.places)}"])
-
     def demonstration(self, seed, noise=0.0):
-        """One scripted episode: the expert, but each action is replaced by a random one with chance `noise`.
-
-        Returns `[(observation, action), ...]`; it may well fail.
-        """
+        """A scripted episode, `[(observation, action), ...]`: the expert's, but each action is random with chance `noise`."""
         rng = random.Random(f"demonstration/{seed}")
         observation, turns = self.reset(seed=seed)[0], []
         while not self.done:
-            action = self._slip(rng) if rng.random() < noise else self.expert()
+            slips = self.admissible() + [f"take {rng.choice(ROOMS[self.room][1])} from {rng.choice(self.places)}"]
+            action = rng.choice(slips) if rng.random() < noise else self.expert()
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns
@@ -187,10 +187,7 @@ ENVS = {"household": Household}
 
 
 def make(name, **kwargs):
-    """Build an environment: a name in `ENVS`, or `module:Class` for one of your own. `kwargs` go to its constructor.
-
-    Raises ValueError with one sentence if there is no such environment.
-    """
+    """An environment: a name in `ENVS`, or `module:Class` for one of your own. Raises ValueError if there is none such."""
     if name in ENVS:
         return ENVS[name](**kwargs)
     module, colon, attribute = name.partition(":")
@@ -237,7 +234,7 @@ def embedded_policy(env, steps, noise, batch=24):
     optimizers = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outer, lr=4e-3, betas=(0.9, 0.98))
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=max(1, steps)) for o in optimizers]
     for _ in (bar := tqdm(range(steps), desc="warm start", unit="step")):
-        episodes = [env.demonstration(rng.randrange(2**30), noise) for _ in range(batch)]
+        episodes = [env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(batch)]
         texts = ["".join(f"<|user|>{o}<|end|><|assistant|>{a}<|end|>" for o, a in turns) for turns in episodes]
         inputs = tokenizer(texts, padding=True, return_tensors="pt")  # (B, T), padded on the right
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

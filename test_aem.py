@@ -48,7 +48,7 @@ class Echo:
         return answer, 10.0 * success, success, self.turns >= self.limit and not success, info
 
     def demonstration(self, seed, noise):
-        observation, rng, turns = self.reset(seed=seed)[0], random.Random(seed), []
+        observation, rng, turns = self.reset(seed=seed)[0], random.Random(f"words {seed}"), []
         for _ in range(self.limit):  # words at random: what to say is left to learn
             turns.append((observation, rng.choice(self.words)))
             observation = self.step(turns[-1][1])[0]
@@ -326,7 +326,7 @@ def test_a_crashing_environment_fails_only_its_own_trajectories(tiny):
     aem.assign_credit(trajectories, cfg)
     assert all(r.advantage == 0 for t in trajectories if t.error for r in t.responses)
     optimizer = torch.optim.SGD(tiny.model.parameters(), lr=0.0)
-    assert aem.update(tiny, optimizer, trajectories, cfg, 1)["updates"] == 1
+    assert aem.update(tiny, optimizer, trajectories, cfg, 1)["updates"] >= 1
 
 
 def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
@@ -464,7 +464,7 @@ def test_update_counts_and_skips(tiny, played):
     assert aem.update(policy, optimizer, flat, config(), 1)["updates"] == 0 and not moved()  # nothing varies: no step
     broken = copy.deepcopy(played)
     broken[0].responses[0].logp[0] = math.nan
-    metrics = aem.update(policy, optimizer, broken, config(), 1)
+    metrics = aem.update(policy, optimizer, broken, config(minibatches=1), 1)
     assert metrics["skipped_updates"] == 1 and metrics["updates"] == 0 and not moved()
     metrics = aem.update(policy, optimizer, played, config(epochs=2, minibatches=3), 1)
     assert metrics["updates"] == 6 and metrics["skipped_updates"] == 0 and moved()
@@ -547,7 +547,8 @@ def test_training_and_evaluation_tasks_do_not_overlap():
 
     held_out = tasks(range(aem.HELD_OUT, aem.HELD_OUT + 1000))
     trained = tasks(random.Random(0).sample(range(aem.HELD_OUT), 10000))
-    assert len(held_out & trained) <= 10  # other seeds; and hardly ever the same world by chance
+    assert len(held_out) > 700 and len(trained) > 4000
+    assert not held_out & trained  # not only other seeds: other worlds
 
 
 def test_make_names_what_is_wrong():
@@ -629,11 +630,12 @@ class NoDemonstrations(Echo):
 
 
 @pytest.fixture
-def bare_tokenizer(tiny, tmp_path):
-    tiny.tokenizer.save_pretrained(tmp_path / "model")
-    tiny.model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").unlink()
-    return str(tmp_path / "model")
+def models(tiny, tmp_path):
+    """Two folders with a model: one as it should be, one whose tokenizer has no chat template."""
+    for name in ("whole", "bare"):
+        aem.save_policy(tiny.model, tiny.tokenizer, tmp_path / name)
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    return str(tmp_path / "whole"), str(tmp_path / "bare")
 
 
 @pytest.mark.parametrize(
@@ -653,7 +655,7 @@ def bare_tokenizer(tiny, tmp_path):
         (["--max_response_tokens", "0"], "--max_response_tokens"),
         (["--temperature", "0"], "--temperature"),
         (["--aem", "perhaps"], "Truthy"),
-        (["--device", "abacus"], "--device"),
+        (["--device", "abacus", "--model", "WHOLE"], "--device"),
         (["--model", "./no/such/folder"], "--model ./no/such/folder"),
         (["--model", "BARE"], "chat template"),
         (["--env", "test_aem:NoDemonstrations"], "--model"),
@@ -661,9 +663,10 @@ def bare_tokenizer(tiny, tmp_path):
         (["--name", "taken"], "--name"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path, bare_tokenizer):
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path, models):
+    whole, bare = models
     (tmp_path / "taken").mkdir()
-    flags = [bare_tokenizer if f == "BARE" else f for f in flags]
+    flags = [{"BARE": bare, "WHOLE": whole}.get(f, f) for f in flags]
     where = [] if "--out" in flags else ["--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["aem.py", *where, "--cache_dir", str(tmp_path / "cache"), *flags])
     monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
