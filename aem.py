@@ -174,15 +174,14 @@ def clipped_loss(logp, old_logp, advantage, clip_low, clip_high):
 
 # ---------------------------------------------------------------- 2. the policy: a causal LM and its chat template
 class Policy:
-    """A causal language model with its tokenizer. Ids are the truth: appended, never decoded and encoded again."""
+    """A causal LM with its tokenizer. Ids are appended, never encoded again. On a GPU: bf16 products from fp32 weights."""
 
     def __init__(self, model, tokenizer, temperature=1.0):
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.body, self.head, self.device = model.get_decoder(), model.get_output_embeddings(), model.device
         self.frame, self.end = chat_frame(tokenizer)
         self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
-        gpu = self.device.type == "cuda"  # there: bf16 matrix products, from fp32 master weights
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, gpu)
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, self.device.type == "cuda")
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
             for name in {"p", "attention_dropout"} & vars(module).keys():
                 setattr(module, name, 0.0)
@@ -252,6 +251,7 @@ def warm_start(env, cfg):
     key = json.dumps([cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, *versions, *code])
     folder = Path(cfg.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (folder / "tokenizer_config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)  # shows before the work if it can't be written
         save_policy(*envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise), folder)
     return folder
 
@@ -555,9 +555,9 @@ def train(cfg):
         settings = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
         environments = [envs.make(cfg.env, **settings) for _ in range(cfg.groups * cfg.group_size)]
         policy = load_policy(cfg, warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         run.rmdir()
-        raise UsageError(str(error)) from None
+        raise UsageError(error) from None
     lr = cfg.lr if cfg.lr is not None else 7e-4 if policy.model.num_parameters() < 1e7 else 1e-6
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))

@@ -210,7 +210,8 @@ def untrained(texts, seed=0):
     import transformers
 
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, new_special_tokens=special)
+    blank = transformers.Qwen2Tokenizer()
+    tokenizer = blank.train_new_from_iterator(texts, 4096, new_special_tokens=special, show_progress=False)
     tokenizer.eos_token, tokenizer.chat_template, tokenizer.padding_side = "<|end|>", TEMPLATE, "right"
     shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
     config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1, **shape)

@@ -567,8 +567,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def run(**changes):
-        flags = dict(env="test_aem:Echo", out=str(folder), cache_dir=str(folder / "cache"), warm_steps=30, steps=12, lr=3e-3)
-        return aem.train(config(**flags | dict(groups=8, group_size=8, eval_every=6, eval_tasks=64) | changes))
+        flags = dict(env="test_aem:Echo", out=str(folder), cache_dir=str(folder / "cache"), warm_steps=30, steps=40, lr=3e-3)
+        return aem.train(config(**flags | dict(groups=8, group_size=8, eval_every=20, eval_tasks=64) | changes))
 
     return run, folder
 
@@ -580,10 +580,10 @@ def without_times(rows):
 def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
     run, folder = runs
     rows = run(name="first")
-    assert rows[0]["eval_success"] < 0.8 and rows[-1]["eval_success"] > 0.97
+    assert rows[0]["eval_success"] < 0.7 and rows[-1]["eval_success"] > 0.95
     assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
-    assert [row["step"] for row in rows] == list(range(13))
-    assert [row["step"] for row in rows if "eval_success" in row] == [0, 6, 12]
+    assert [row["step"] for row in rows] == list(range(41))
+    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 40]
     assert rows == [json.loads(line) for line in (folder / "first" / "metrics.jsonl").read_text().splitlines()]
     wanted = "step success reward response_entropy token_entropy alpha_min alpha_max turns response_tokens invalid_actions loss"
     wanted += " grad_norm clip_fraction rollout_seconds update_seconds"
@@ -592,7 +592,7 @@ def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
     assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
     assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     text = (folder / "first" / "trajectories.txt").read_text()
-    assert "H_bar" in text and "alpha" in text and "advantage" in text and "step 12" in text
+    assert "H_bar" in text and "alpha" in text and "advantage" in text and "step 40" in text
     again = run(model=str(folder / "first"), steps=0, name="evaluated")  # the checkpoint is the trained policy
     assert again[0]["eval_success"] == rows[-1]["eval_success"]
 
