@@ -135,6 +135,12 @@ def test_token_stats_edges():
     assert torch.allclose(x.grad, torch.eye(5, 8) - x.softmax(-1).detach(), atol=1e-6)  # d log p_y / d z = 1[y] - p
 
 
+def test_token_stats_keeps_its_precision_far_from_zero():
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 1e5
+    p = torch.softmax(logits.double(), -1)
+    assert torch.allclose(aem.token_stats(logits, p.argmax(-1))[1].double(), -(p * p.log()).sum(-1), atol=1e-5)
+
+
 def slow_alpha(entropy, group, lam, min_range):
     alpha = []
     for h, g in zip(entropy, group):
@@ -210,8 +216,10 @@ def test_grpo_golden_numbers():
 def test_equal_rewards_give_exactly_zero(estimator):
     for reward in (0.0, 0.1, 0.7, 9.9, 1e6):
         for size in range(2, 65):
-            advantage = aem.group_advantages(torch.full((size,), reward), torch.zeros(size, dtype=torch.long), estimator)
-            assert (advantage == 0).all(), (reward, size)
+            for dtype in (torch.float32, torch.float64):
+                rewards = torch.full((size,), reward, dtype=dtype)
+                advantage = aem.group_advantages(rewards, torch.zeros(size, dtype=torch.long), estimator)
+                assert (advantage == 0).all(), (reward, size)
 
 
 def test_clipped_loss_by_hand():
