@@ -292,7 +292,6 @@ class Trajectory:
 
 class SlotCache:
     """Key-value cache in which a token's slot is its position: every row grows at its own length, without holes."""
-
     # padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it
     layers = ()  # per layer [keys, values], each (B, heads, capacity, head size), zero where unused
 
@@ -585,7 +584,8 @@ def train(cfg):
 
 
 def main():
-    parser = transformers.HfArgumentParser(Config, description=__doc__, usage="aem.py [--flag value]", allow_abbrev=False)
+    about = __doc__.split("\n\n")[1]
+    parser = transformers.HfArgumentParser(Config, description=about, usage="aem.py [--flag value]", allow_abbrev=False)
     cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
         if unknown:

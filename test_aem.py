@@ -318,6 +318,7 @@ def test_sampling_is_the_inverse_cdf():
     logits = torch.tensor([[math.log(0.2), -math.inf, math.log(0.5), math.log(0.3), -math.inf]])
     points = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
     assert aem.sample(logits.expand(6, -1), points).tolist() == [0, 0, 2, 2, 3, 3]  # never one of probability 0
+    assert aem.sample(torch.tensor([[-math.inf, 0.0, 0.0]]), points[:1]).tolist() == [1]
     uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     many = aem.sample(logits.expand(20000, -1), uniform)
     assert (many.bincount(minlength=5) / 20000).tolist() == pytest.approx([0.2, 0, 0.5, 0.3, 0], abs=0.015)
