@@ -274,6 +274,9 @@ def test_a_trajectory_does_not_depend_on_its_batch(tiny):
     together = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "x")
     fewer = aem.rollout(tiny, [envs.Household(4) for _ in range(2)], seeds[:1], 2, cfg, "x")
     assert [t.ids for t in fewer] == [t.ids for t in together[:2]]
+    for stream in "abcdefgh":
+        batch = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, stream)
+        assert aem.rollout(tiny, [envs.Household(4)], seeds[:1], 1, cfg, stream)[0].ids == batch[0].ids
     assert together[0].ids != together[1].ids
     other = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")
     assert [t.ids for t in other] != [t.ids for t in together]
