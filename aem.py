@@ -7,6 +7,7 @@ do. No extra model, reward or forward pass: the entropies are by-products of sam
     python aem.py                                      # a tiny policy learns a household game on a CPU, in minutes
     python aem.py --aem false                          # the same without AEM: plain GRPO
     python aem.py --estimator dapo                     # AEM on another base estimator
+    python aem.py --env code                           # it writes programs, which a sandbox runs
     python aem.py --model Qwen/Qwen2.5-1.5B-Instruct   # the same code on a GPU
 
 Shapes: N trajectories, R responses, n sampled tokens, B rows, T positions, D hidden size, V vocabulary. Entropy is in nats.
@@ -19,10 +20,12 @@ import inspect
 import json
 import math
 import random
+import re
 import sys
 import time
 import traceback
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -49,7 +52,8 @@ class Config:
     """Everything a run depends on; each field is a flag of the same name."""
 
     model: str = flag("tiny", "the policy pi: 'tiny' (embedded, no download), a hub id, a folder, or an earlier run's folder")
-    env: str = flag("household", "environment: a name in envs.ENVS, or module:Class for your own")
+    env: str = flag("household", "environment: 'household', 'code', or module:Class for your own")
+    dataset: str = flag("", "tasks for --env code: openai/openai_humaneval, google-research-datasets/mbpp, or a JSONL file")
     estimator: str = flag("grpo", "base advantage A and its loss: a row of ESTIMATORS")
     aem: bool = flag(True, "multiply each response's advantage by AEM's alpha; 'false' gives the plain baseline")
     lam: float = flag(1.0, "lambda, strength of the modulation: max alpha / min alpha <= e^lambda; 0 turns it off")
@@ -72,8 +76,8 @@ class Config:
     steps: int = flag(100, "training steps, each a rollout batch and its update")
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
-    max_turns: int = flag(12, "responses per trajectory at most")
-    max_response_tokens: int = flag(16, "tokens per response at most; models that reason before they act need more")
+    max_turns: int | None = flag(None, "responses per trajectory at most; by default 12 in household, 3 in code")
+    max_response_tokens: int | None = flag(None, "tokens per response at most; by default 16 in household, 24 or 512 in code")
     max_length: int = flag(4096, "tokens per trajectory at most, prompt and observations included")
     temperature: float = flag(1.0, "sampling temperature; pi, entropies and log-probs are meant at it")
     lr: float | None = flag(None, "AdamW's learning rate; by default 7e-4 for models under 10 M parameters, else 1e-6")
@@ -112,6 +116,8 @@ class Config:
                 raise UsageError(f"--{name} must be at least {least}{most}, not {value} ({meaning})")
         if self.mask_drift != "off" and not self.aem:
             raise UsageError("--mask_drift chooses responses by their alpha: it needs --aem true")
+        if self.dataset and (self.env != "code" or self.model == "tiny"):
+            raise UsageError("--dataset is for --env code, with a --model: 'tiny' knows the embedded tasks only")
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
 
@@ -232,6 +238,8 @@ class Policy:
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
         self.reference = None  # for a KL term: the starting policy, frozen
         self.frame, self.end = chat_frame(tokenizer)
+        special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.plain = functools.partial(re.compile("|".join(special) or "(?!)").sub, " ")  # text that can't open or end a turn
         self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, self.device.type == "cuda")
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
@@ -248,12 +256,13 @@ class Policy:
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": observation}][not instructions :]
+        texts = {"system": instructions, "user": self.plain(observation)}
+        messages = [{"role": role, "content": text} for role, text in texts.items() if text or role == "user"]
         return self.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))[:]
 
     def answer(self, observation, ended):
         """Ids that the template adds for an observation, after closing the agent's turn if no sampled token `ended` it."""
-        ids = self.encode(self.frame[0] + observation.strip() + self.frame[1])
+        ids = self.encode(self.frame[0] + self.plain(observation).strip() + self.frame[1])
         return ids[ids.index(self.end) + 1 :] if ended else ids
 
 
@@ -400,17 +409,23 @@ def respond(policy, cache, trajectories, cfg):
                 t.ended = token in (policy.end, policy.tokenizer.eos_token_id)
         if all(t.ended for t in trajectories):
             break
+    for t in trajectories:
+        t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
 
 
-def act(policy, t, seed, cfg):
-    """The environment opens a trajectory, or answers its last response; the ids of what it says are appended."""
+def ask(t, seed):
+    """What the environment says: its opening, or an answer to the last response."""
+    return t.env.step(t.responses[-1].text) if t.responses else t.env.reset(seed=seed)
+
+
+def act(policy, t, answer, cfg):
+    """Enter into a trajectory what the environment says, `answer()`; its ids are appended."""
     if not t.responses:
-        t.prompt, info = t.env.reset(seed=seed)
+        t.prompt, info = answer()
         t.ids, t.task_type = policy.opening(getattr(t.env, "instructions", ""), t.prompt), info.get("task_type", "")
         return
     response = t.responses[-1]
-    response.text = policy.tokenizer.decode(t.ids[response.start :], skip_special_tokens=True)
-    response.observation, response.reward, terminated, truncated, info = t.env.step(response.text)
+    response.observation, response.reward, terminated, truncated, info = answer()
     t.reward += float(response.reward)
     t.invalid += bool(info.get("invalid", False))
     t.success = bool(info.get("success", terminated and response.reward > 0))
@@ -421,19 +436,34 @@ def act(policy, t, seed, cfg):
     t.ids += [] if t.done else ids
 
 
+def make_environments(cfg):
+    """An environment for each trajectory of a batch. Limits that are None become the environment's own."""
+    options = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
+    options |= {"dataset": cfg.dataset} if cfg.dataset else {}
+    environments = [envs.make(cfg.env, **options) for _ in range(cfg.groups * cfg.group_size)]
+    for name, otherwise in (("max_turns", 12), ("max_response_tokens", 16)):
+        setattr(cfg, name, getattr(cfg, name) or getattr(environments[0], name, otherwise))
+    return environments
+
+
 @torch.no_grad()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
     """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers."""
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
     numbered = zip(range(len(seeds) * group_size), environments)
     trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
-    cache, playing = SlotCache(), trajectories
+    cache, playing, pool = SlotCache(), trajectories, ThreadPoolExecutor(8)
     while playing:
         if playing[0].ids:
             respond(policy, cache, playing, cfg)
-        for t in playing:
+        answers = [functools.partial(ask, t, seeds[t.group]) for t in playing]
+        if getattr(playing[0].env, "parallel", False):
+            answers = [pool.submit(answer).result for answer in answers]
+        for t, answer in zip(playing, answers):
             try:
-                act(policy, t, seeds[t.group], cfg)
+                act(policy, t, answer, cfg)
+            except envs.SandboxError:  # nobody's failure: the run stops
+                raise
             except Exception:  # a crash fails its own trajectory, and is counted and shown
                 t.error, t.done = traceback.format_exc(), True
         rows = [i for i, t in enumerate(playing) if not t.done]
@@ -664,10 +694,9 @@ def train(cfg):
     except OSError as error:
         raise UsageError(f"cannot make the run's folder {run} ({error.strerror}): choose another --out or --name") from None
     try:
-        settings = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
-        environments = [envs.make(cfg.env, **settings) for _ in range(cfg.groups * cfg.group_size)]
+        environments = make_environments(cfg)
         policy = load_policy(cfg, warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, envs.SandboxError) as error:
         run.rmdir()
         raise UsageError(error) from None
     if cfg.kl_coef:
@@ -710,9 +739,12 @@ def main():
         if unknown:
             raise UsageError(f"unknown flag {unknown[0]}: python aem.py --help lists them all")
         train(cfg)
-    except (UsageError, KeyboardInterrupt) as stop:
-        print(f"aem.py: {f'error: {stop}' if isinstance(stop, UsageError) else 'stopped'}", file=sys.stderr)
-        sys.exit(2 if isinstance(stop, UsageError) else 130)
+    except (UsageError, envs.SandboxError) as error:
+        print(f"aem.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("aem.py: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

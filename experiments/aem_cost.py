@@ -16,7 +16,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aem
-import envs
 
 PAIRS = 25
 
@@ -37,7 +36,7 @@ def main():
     """Time the phases of a step, with and without entropies, pair by pair."""
     cfg, with_entropy = aem.Config(device="cpu"), aem.token_stats
     cfg.check()
-    environments = [envs.make(cfg.env, max_turns=cfg.max_turns) for _ in range(cfg.groups * cfg.group_size)]
+    environments = aem.make_environments(cfg)
     policy = aem.load_policy(cfg, aem.warm_start(environments[0], cfg))
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)  # the weights stay: every pair sees the same policy
     rows = []

@@ -23,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aem
-import envs
 
 
 def load(run, start):
@@ -34,9 +33,7 @@ def load(run, start):
     except (OSError, ValueError, TypeError) as error:
         raise aem.UsageError(f"{run} is not the folder of a run of aem.py ({error})") from None
     cfg.check()
-    environments = [envs.make(cfg.env, max_turns=cfg.max_turns) if cfg.env in envs.ENVS else envs.make(cfg.env)]
-    while len(environments) < cfg.groups * cfg.group_size:
-        environments.append(copy.deepcopy(environments[0]))
+    environments = aem.make_environments(cfg)
     source = run if not start else aem.warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model
     return cfg, aem.load_policy(cfg, source), environments
 
