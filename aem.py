@@ -32,6 +32,7 @@ from statistics import fmean
 
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -238,6 +239,7 @@ class Policy:
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
         self.reference = None  # for a KL term: the starting policy, frozen
         self.frame, self.end = chat_frame(tokenizer)
+        self.ends = {self.end, tokenizer.eos_token_id}
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.plain = functools.partial(re.compile("|".join(special) or "(?!)").sub, " ")  # text that can't open or end a turn
         self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
@@ -367,7 +369,8 @@ class SlotCache:
         rows, stored = torch.arange(len(key), device=key.device).unsqueeze(-1), self.layers[layer]  # rows (B, 1)
         for i, new in enumerate((key, value)):
             if (missing := self.capacity - stored[i].shape[2]) > 0:
-                stored[i] = torch.cat([stored[i], new.new_zeros(*new.shape[:2], max(missing, 64), new.shape[3])], 2)
+                missing = max(missing, self.capacity // 2, 64)  # by half: to grow by a constant is quadratic
+                stored[i] = torch.cat([stored[i], new.new_zeros(*new.shape[:2], missing, new.shape[3])], 2)
             stored[i][rows, :, self.slots] = new.transpose(1, 2)
         return stored[0][:, :, : self.used], stored[1][:, :, : self.used]
 
@@ -375,14 +378,15 @@ class SlotCache:
 def next_logits(policy, cache, trajectories):
     """Logits (B, V) of each trajectory's next token: a forward over what is not in the cache yet, prompt, answer or token."""
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
-    pending = [torch.tensor(t.ids[start:]) for t, start in zip(trajectories, starts)]
-    ids = pad_sequence(pending, batch_first=True).to(policy.device)  # (B, T), padded on the right
-    slots = (torch.tensor(starts).unsqueeze(-1) + torch.arange(ids.shape[1])).to(policy.device)  # (B, T)
+    lengths = [len(t.ids) - start for t, start in zip(trajectories, starts)]
+    rows = [t.ids[start:] + [0] * (max(lengths) - n) for t, start, n in zip(trajectories, starts, lengths)]
+    ids = torch.tensor(rows, device=policy.device)  # (B, T), padded on the right
+    slots = torch.tensor(starts, device=policy.device).unsqueeze(-1) + torch.arange(ids.shape[1], device=policy.device)  # (B, T)
     mask = cache.prepare(slots, max(len(t.ids) for t in trajectories))
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)
-    return policy.logits(hidden[range(len(ids)), [len(p) - 1 for p in pending]])  # (B, T, D) -> (B, D) -> (B, V)
+    return policy.logits(hidden[range(len(ids)), [n - 1 for n in lengths]])  # (B, T, D) -> (B, D) -> (B, V)
 
 
 def sample(logits, uniform):
@@ -406,7 +410,7 @@ def respond(policy, cache, trajectories, cfg):
                 t.ids.append(token)
                 t.responses[-1].logp.append(logp)
                 t.responses[-1].entropy.append(entropy)
-                t.ended = token in (policy.end, policy.tokenizer.eos_token_id)
+                t.ended = token in policy.ends
         if all(t.ended for t in trajectories):
             break
     for t in trajectories:
@@ -446,7 +450,7 @@ def make_environments(cfg):
     return environments
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
     """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers."""
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
@@ -467,8 +471,9 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
             except Exception:  # a crash fails its own trajectory, and is counted and shown
                 t.error, t.done = traceback.format_exc(), True
         rows = [i for i, t in enumerate(playing) if not t.done]
-        cache.layers = [[stored[rows] for stored in layer] for layer in cache.layers]
-        playing = [playing[i] for i in rows]
+        if len(rows) < len(playing):
+            cache.layers = [[stored[rows] for stored in layer] for layer in cache.layers]
+            playing = [playing[i] for i in rows]
     if 2 * len(crashes := [t.error for t in trajectories if t.error]) > len(trajectories):
         raise RuntimeError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
     return trajectories
@@ -554,6 +559,9 @@ def micro_batches(trajectories, budget):
         del rest[-size:]
 
 
+LOGITS_AT_ONCE = 2**25  # that the update holds: 128 MB in float32
+
+
 def sampled_logps(policy, trajectories):
     """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
 
@@ -562,16 +570,24 @@ def sampled_logps(policy, trajectories):
     ids = pad_sequence([torch.tensor(t.ids) for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
     at = [(row, r.start + i) for row, t in enumerate(trajectories) for r in t.responses for i in range(len(r.logp))]
     row, at = torch.tensor(at, device=policy.device).T  # two (n,)
-    hidden = policy.hidden(ids, use_cache=False)[row, at - 1]  # (B, T, D) -> (n, D); padding is where nothing looks: right
-    chunk = max(1, 2**24 // policy.head.out_features)  # 64 MB of float32 logits
-    pairs = zip(hidden.split(chunk), ids[row, at].split(chunk))
-    logp = [checkpoint(lambda h, y: token_stats(policy.logits(h), y)[0], h, y, use_reentrant=False) for h, y in pairs]
-    return torch.cat(logp)
+    position = row * ids.shape[1] + at  # in (B * T)
+    hidden = policy.hidden(ids, use_cache=False)  # (B, T, D); padding is where nothing looks: right
+    hidden = hidden.flatten(0, 1).index_select(0, position - 1)  # -> (n, D)
+    chunk = max(1, LOGITS_AT_ONCE // policy.head.out_features)
+    pairs = zip(hidden.split(chunk), ids.flatten()[position].split(chunk))
+    logp = lambda h, y: -cross_entropy(policy.logits(h), y, reduction="none")  # noqa: E731, log pi(y), as of `token_stats`
+    if len(position) <= chunk or not hidden.requires_grad:
+        return torch.cat([logp(h, y) for h, y in pairs])
+    # reentrant: each chunk adds to the head's gradient at once, where autograd would hold a second copy until the last one
+    return torch.cat([checkpoint(logp, h, y, use_reentrant=True) for h, y in pairs])
 
 
 def accumulate_gradients(policy, trajectories, cfg):
-    """Gradients of one optimizer step, a sum over tokens. Returns sums: loss, tokens, clipped, |old - new log-prob|, KL."""
-    sums, most = torch.zeros(5), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
+    """Gradients of one optimizer step, a sum over tokens.
+
+    Returns sums: loss, sampled tokens, clipped, |old - new log-prob|, KL, positions in all, and those that are padding.
+    """
+    sums, most = torch.zeros(7), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
     tokens = [0.0 if t.masked else sum(len(r.logp) for r in t.responses) for t in trajectories]
     weights = dict(zip(map(id, trajectories), LOSS_MEANS[cfg.loss_mean](torch.tensor(tokens).double(), most).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient ...
@@ -587,8 +603,9 @@ def accumulate_gradients(policy, trajectories, cfg):
         kl = torch.exp(d := reference_logp - logp) - d - 1  # k3, an estimate of KL(pi || pi_ref) that is never negative
         loss = (weight * (token_loss + cfg.kl_coef * kl)).sum()
         loss.backward()
-        stats = loss, torch.tensor(len(logp)), clipped.sum(), (logp - old_logp).abs().sum(), kl.sum()
-        sums += torch.tensor([x.item() for x in stats])
+        stats = loss.item(), len(logp), clipped.sum().item(), (logp - old_logp).abs().sum().item(), kl.sum().item()
+        size = len(batch) * max(len(t.ids) for t in batch)
+        sums += torch.tensor([*stats, size, size - sum(len(t.ids) for t in batch)])
     return sums.tolist()
 
 
@@ -598,13 +615,14 @@ def update(policy, optimizer, trajectories, cfg, step):
     A step that is not finite is skipped and counted; where no reward varies there is none. Returns: metrics, means over steps.
     """
     policy.model.train()
-    shuffler, taken, gaps = random.Random(f"{cfg.seed}/minibatches/{step}"), [], []
+    shuffler, taken, gaps, computed, padding = random.Random(f"{cfg.seed}/minibatches/{step}"), [], [], 0, 0
     for _ in range(cfg.epochs):
         order = shuffler.sample(trajectories, len(trajectories))
         for part in range(cfg.minibatches):
-            loss, tokens, clipped, gap, kl = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
+            loss, tokens, clipped, gap, kl, *sizes = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
             if not tokens:
                 continue
+            computed, padding = computed + sizes[0], padding + sizes[1]
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
             if math.isfinite(norm) and math.isfinite(loss):
                 optimizer.step()
@@ -612,7 +630,8 @@ def update(policy, optimizer, trajectories, cfg, step):
             gaps.append(gap / tokens)  # the first is measured before the weights move: pure rounding
             optimizer.zero_grad()
     means = dict(zip(("loss", "grad_norm", "clip_fraction", "kl"), [fmean(c) for c in zip(*taken)] or [0.0] * 4))
-    return means | {"logp_gap": (gaps or [0.0])[0], "updates": len(taken), "skipped_updates": len(gaps) - len(taken)}
+    means |= {"logp_gap": (gaps or [0.0])[0], "padding": padding / max(computed, 1)}
+    return means | {"updates": len(taken), "skipped_updates": len(gaps) - len(taken)}
 
 
 # ---------------------------------------------------------------- 5. training, and what it shows

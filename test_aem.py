@@ -592,6 +592,48 @@ def test_micro_batches_hold_everything_within_the_budget(played):
         assert all(len(b) == 1 or len(b) * max(len(t.ids) for t in b) <= budget for b in batches)
 
 
+@pytest.mark.parametrize("logits", [1, 2000, 10**9])  # a position at a time, some 13, all
+def test_log_probs_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, monkeypatch, logits):
+    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", logits)
+    policy = aem.Policy(copy.deepcopy(tiny.model).double().train(), tiny.tokenizer, temperature=0.7)
+    weights = torch.randn(sum(len(r.logp) for t in played for r in t.responses), dtype=torch.float64)
+    fast = aem.sampled_logps(policy, played)
+    (fast * weights).sum().backward()
+    chunked = [p.grad.clone() for p in policy.model.parameters()]
+    policy.model.zero_grad()
+    dense = []
+    for t in played:
+        logp = (policy.model(torch.tensor([t.ids])).logits[0] / 0.7).log_softmax(-1)
+        dense += [logp[r.start + i - 1, t.ids[r.start + i]] for r in t.responses for i in range(len(r.logp))]
+    (torch.stack(dense) * weights).sum().backward()
+    assert torch.allclose(fast, torch.stack(dense), rtol=0, atol=1e-12)
+    assert all(torch.allclose(a, p.grad, rtol=0, atol=1e-10) for a, p in zip(chunked, policy.model.parameters()))
+    with torch.no_grad():  # as for the reference of a KL term
+        assert torch.equal(aem.sampled_logps(policy, played), fast)
+
+
+def test_padding_is_small_and_counted(tiny):
+    rng = random.Random(0)
+    batch = [aem.Trajectory(i, None, rng, [5] * rng.randint(100, 1000)) for i in range(128)]
+    for t in batch:
+        t.responses = [aem.Response(50, [-1.0], [1.0], advantage=1.0)]
+    *_, positions, padding = aem.accumulate_gradients(tiny, batch, config(micro_batch_tokens=8192))
+    tiny.model.zero_grad()
+    widths = [(len(b), max(len(t.ids) for t in b)) for b in aem.micro_batches(batch, 8192)]
+    assert positions == sum(rows * width for rows, width in widths)
+    assert padding == positions - sum(len(t.ids) for t in batch) and padding / positions < 0.1
+
+
+def test_the_cache_grows_without_losing_anything(tiny):
+    torch.manual_seed(0)
+    cache, whole = aem.SlotCache(), torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
+    for start, end in ((0, 5), (5, 6), (6, 200), (200, 201), (201, 700)):
+        slots = torch.arange(start, end).expand(2, -1)
+        cache.prepare(slots, end)
+        keys, values = cache.update(*whole[:, :, :, start:end], layer=0)
+        assert torch.equal(keys, whole[0, :, :, :end]) and torch.equal(values, whole[1, :, :, :end])
+
+
 def test_only_sampled_positions_get_gradient(tiny, played):
     policy, seen = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer), []
 
@@ -785,7 +827,7 @@ def test_kl_is_k3_to_the_reference(tiny, played):
     with torch.no_grad():
         for p in policy.model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    (loss, tokens, _, _, kl), fast = gradients(policy, trajectories, cfg)
+    (loss, tokens, _, _, kl, *_), fast = gradients(policy, trajectories, cfg)
     (plain, *_), without = gradients(policy, trajectories, config())
     total = summed = 0.0
     for t in trajectories:
