@@ -186,7 +186,7 @@ def timed_steps(trainer):
     return found
 
 
-def trl(rounds=6):
+def trl(rounds=12):
     """A training step against TRL's, the same model, prompts and tokens: one turn of 64 tokens, 16 turns of 8."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"], found = "1", {}
     for turns, tokens in ((1, 64), (16, 8)):
@@ -280,7 +280,7 @@ def update(rounds=5):
 # ---------------------------------------------------------------- where a step's time goes
 def step(rounds=5):
     """Shares of a default training step, and the floor of its update: FLOPs over the measured matmul rate."""
-    cfg = aem.Config(warm_steps=0, device="cpu")
+    cfg = aem.Config(warm_steps=100, device="cpu")
     cfg.check()
     environments = aem.make_environments(cfg)
     made = aem.load_policy(cfg, aem.warm_start(environments[0], cfg))
