@@ -152,6 +152,7 @@ def trl_trainer(made, turns, tokens):
     rows = datasets.Dataset.from_list([{"prompt": prompt}] * 16)
 
     def conversations(prompts, trainer):
+        """What TRL asks of a `rollout_func`."""
         made.model = trainer.accelerator.unwrap_model(trainer.model)
         whole = regenerate(made, len(prompts), turns, tokens)
         start = len(made.opening("", Walk(1).reset(seed=0)[0]))
