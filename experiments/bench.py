@@ -60,7 +60,7 @@ class Walk:
         self.turns = turns
 
     def reset(self, *, seed=None):
-        self.left, self.rng = self.turns, random.Random(seed)
+        self.left = self.turns
         return "You are in the kitchen. You see fridge, sinkbasin, countertop, microwave.", {}
 
     def step(self, text):
@@ -220,7 +220,6 @@ def dense_gradients(made, batch):
     """The update's loss by the plain way: log-probs of the whole vocabulary at all positions, in one piece."""
     ids = torch.tensor([t.ids for t in batch])
     logp = made.model(ids, use_cache=False).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
-    total = sum(len(r.logp) for t in batch for r in t.responses)
     loss = 0.0
     for row, t in enumerate(batch):
         tokens = sum(len(r.logp) for r in t.responses)
@@ -229,7 +228,6 @@ def dense_gradients(made, batch):
             losses, _ = aem.clipped_loss(now, torch.tensor(r.logp), torch.tensor(r.advantage), 0.2, 0.2)
             loss = loss + losses.sum() / (len(batch) * tokens)
     loss.backward()
-    return total
 
 
 def body_gradients(made, batch):

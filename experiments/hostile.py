@@ -174,8 +174,10 @@ CHEATS = {
     "forged pid": "import os\nos.write(3, b'1\\n')\ndef f(x): return 2 * x",
     "patched json": "import json\njson.dumps = lambda *a, **k: '{\"value\": 4}'\ndef f(x): return 0",
     "patched builtins": "import builtins\nbuiltins.type = lambda *a: int\nbuiltins.all = lambda x: True\ndef f(x): return A",
-    "gc walk": "import gc\ndef f(x):\n  for o in gc.get_objects():\n    if isinstance(o, dict) and 'expected' in o: return o['expected']",
-    "frame walk": "import sys\ndef f(x):\n  g = sys._getframe()\n  while g:\n    if 'expected' in g.f_locals: return g.f_locals['expected']\n    g = g.f_back",
+    "gc walk": "import gc\ndef f(x):\n  for o in gc.get_objects():\n"
+    "    if isinstance(o, dict) and 'expected' in o: return o['expected']",
+    "frame walk": "import sys\ndef f(x):\n  g = sys._getframe()\n  while g:\n"
+    "    if 'expected' in g.f_locals: return g.f_locals['expected']\n    g = g.f_back",
     "argv": "import sys, json\ndef f(x): return json.loads(sys.orig_argv[-1])['expected']",
     "trace": "import sys\nsys.settrace(lambda *a: None)\ndef f(x): return None",
     "raises": "def f(x): raise SystemExit(0)",
@@ -198,7 +200,8 @@ CHEATS = {
     "abort": "import os\ndef f(x): os.abort()",
     "closes descriptors": "import os\nos.closerange(0, 99)\ndef f(x): return 2 * x",
     "reads input": "import os\ndef f(x): return int(input())",
-    "reads descriptors": "import os\ndef f(x):\n  for fd in range(4, 64):\n    try: return len(os.read(fd, 9))\n    except OSError: pass",
+    "reads descriptors": "import os\ndef f(x):\n  for fd in range(4, 64):\n"
+    "    try: return len(os.read(fd, 9))\n    except OSError: pass",
     "floods replies": "import os\ndef f(x):\n  while True: os.write(3, b'x' * 65536)",
     "floods lines": "import os\ndef f(x):\n  while True: os.write(3, b'\\n' * 65536)",
     "large value": "def f(x): return 'x' * 10**7",
@@ -209,7 +212,8 @@ HANGS = {
     "loop": "while True: pass",
     "loop in f": "def f(x):\n  while True: pass",
     "loop that catches": "def f(x):\n  while True:\n    try:\n      while True: pass\n    except BaseException: pass",
-    "ignores signals": "import signal\nfor n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n  except Exception: pass\nwhile True: pass",
+    "ignores signals": "import signal\nfor n in range(1, 65):\n"
+    "  try: signal.signal(n, signal.SIG_IGN)\n  except Exception: pass\nwhile True: pass",
     "in C": "def f(x): return sum(range(10**12))",
     "regex": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')",
     "power": "def f(x): return len(str(7**7**9))",
@@ -225,13 +229,16 @@ BENIGN = {
     "plain": "def f(x): return 2 * x",
     "float": "def f(x): return 2.0 * x",
     "prints": "print('hello')\ndef f(x):\n  print(x, file=__import__('sys').stderr)\n  return 2 * x",
-    "imports": "import collections, dataclasses, decimal, fractions, functools, heapq, itertools, math, random, re, statistics, string\n"
-    "import bisect, datetime, hashlib, json, typing, copy, operator, queue, textwrap, unicodedata, zlib, sqlite3, csv, io, enum, abc\n"
+    "imports": "import collections, dataclasses, decimal, fractions, functools, heapq, itertools, "
+    "math, random, re, statistics, string\n"
+    "import bisect, datetime, hashlib, json, typing, copy, operator, queue, textwrap, "
+    "unicodedata, zlib, sqlite3, csv, io, enum, abc\n"
     "def f(x): return int(math.fsum([x, x]))",
     "recursion": "def g(n): return n if n < 2 else g(n - 1) + g(n - 2)\ndef f(x): return 2 * x + 0 * g(18)",
     "deep recursion": "def g(n): return 0 if n == 0 else g(n - 1)\ndef f(x): return 2 * x + g(800)",
     "memory": "def f(x):\n  a = bytearray(150 * 2**20)\n  return 2 * x",
-    "processor": "import time\ndef f(x):\n  end = time.process_time() + 0.25\n  while time.process_time() < end: pass\n  return 2 * x",
+    "processor": "import time\ndef f(x):\n  end = time.process_time() + 0.25\n"
+    "  while time.process_time() < end: pass\n  return 2 * x",
     "sleep": "import time\ndef f(x):\n  time.sleep(0.3)\n  return 2 * x",
     "class": "class A:\n  def __init__(s, x): s.x = x\n  def double(s): return 2 * s.x\ndef f(x): return A(x).double()",
     "unicode": "überschuß = '漢字🙂'\ndef f(x): return 2 * x + len(überschuß) - 3",
@@ -239,7 +246,7 @@ BENIGN = {
     "lambda": "f = lambda x: x + x",
     "exception": "def f(x):\n  try: return {}[x]\n  except KeyError: return x << 1",
     "files of its own": "import io\ndef f(x):\n  b = io.StringIO()\n  b.write('x' * x * 2)\n  return len(b.getvalue())",
-    "typing": "from typing import List\nfrom __future__ import annotations" * 0 + "def f(x: int) -> int:\n  return 2 * x",
+    "typing": "def f(x: int) -> int:\n  return 2 * x",
     "random": "import random\nrandom.seed(0)\ndef f(x): return 2 * x + int(random.random() * 0)",
 }  # fmt: skip
 
