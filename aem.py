@@ -34,7 +34,6 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
@@ -201,16 +200,9 @@ def group_advantages(rewards, group, advantage="standardised"):
     return result.to(rewards.dtype)
 
 
-def clipped_loss(logp, old_logp, advantage, clip_low, clip_high, sequence=None):
-    """PPO's loss per token, max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old, and where the clip acts: two (n,).
-
-    With `sequence` (n,), the number of each token's trajectory, r is GSPO's s = exp(mean_l (logp - old)), written
-    exp(logp - sg[logp] + sg[log s]), sg for stop-gradient: a token keeps its own gradient, for its response's alpha to scale.
-    """
-    log_ratio = logp - old_logp
-    if sequence is not None:
-        log_ratio = log_ratio - log_ratio.detach() + per_group(torch.mean, log_ratio.detach(), sequence)
-    ratio = torch.exp(log_ratio)
+def clipped_loss(logp, old_logp, advantage, clip_low, clip_high):
+    """PPO's loss per token, max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old, and where the clip acts: two (n,)."""
+    ratio = torch.exp(logp - old_logp)
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(plain, clipped), clipped > plain
 
@@ -254,7 +246,7 @@ class Policy:
 
     def logits(self, hidden):  # (..., D) -> (..., V), at the sampling temperature
         with self.autocast():
-            return self.head(hidden).to(self.precision) / self.temperature
+            return self.head(hidden).to(self.precision).div_(self.temperature)  # in place: this is the largest tensor of all
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
@@ -559,53 +551,68 @@ def micro_batches(trajectories, budget):
         del rest[-size:]
 
 
-LOGITS_AT_ONCE = 2**25  # that the update holds: 128 MB in float32
+LOGITS_AT_ONCE = 2**25  # that the update holds: 128 MB in float32, and twice that for gradients
 
 
-def sampled_logps(policy, trajectories):
-    """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
-
-    Only sampled positions reach the head, in chunks that are recomputed in backward: (tokens x vocabulary) never exists.
-    """
+def sampled_hidden(policy, trajectories):
+    """The hidden states (n, D) that all sampled tokens were drawn from, differentiable, and the tokens (n,), in order."""
     ids = pad_sequence([torch.tensor(t.ids) for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
     at = [(row, r.start + i) for row, t in enumerate(trajectories) for r in t.responses for i in range(len(r.logp))]
     row, at = torch.tensor(at, device=policy.device).T  # two (n,)
     position = row * ids.shape[1] + at  # in (B * T)
     hidden = policy.hidden(ids, use_cache=False)  # (B, T, D); padding is where nothing looks: right
-    hidden = hidden.flatten(0, 1).index_select(0, position - 1)  # -> (n, D)
+    return hidden.flatten(0, 1).index_select(0, position - 1), ids.flatten()[position]
+
+
+def token_logps(policy, hidden, ids):
+    """log pi (n,) of tokens (n,) given the hidden states (n, D) before them: what `token_stats` says of their logits."""
+    return -cross_entropy(policy.logits(hidden), ids, reduction="none")
+
+
+@torch.no_grad()
+def sampled_logps(policy, hidden, ids):
+    """`token_logps` without gradient, in chunks of positions: (tokens x vocabulary) never exists."""
     chunk = max(1, LOGITS_AT_ONCE // policy.head.out_features)
-    pairs = zip(hidden.split(chunk), ids.flatten()[position].split(chunk))
-    logp = lambda h, y: -cross_entropy(policy.logits(h), y, reduction="none")  # noqa: E731, log pi(y), as of `token_stats`
-    if len(position) <= chunk or not hidden.requires_grad:
-        return torch.cat([logp(h, y) for h, y in pairs])
-    # reentrant: each chunk adds to the head's gradient at once, where autograd would hold a second copy until the last one
-    return torch.cat([checkpoint(logp, h, y, use_reentrant=True) for h, y in pairs])
+    return torch.cat([token_logps(policy, h, y) for h, y in zip(hidden.split(chunk), ids.split(chunk))])
 
 
 def accumulate_gradients(policy, trajectories, cfg):
     """Gradients of one optimizer step, a sum over tokens.
 
+    The loss is taken back through the head chunk by chunk, and then once through the body.
     Returns sums: loss, sampled tokens, clipped, |old - new log-prob|, KL, positions in all, and those that are padding.
     """
-    sums, most = torch.zeros(7), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
+    sums, most = torch.zeros(7, dtype=torch.float64), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
     tokens = [0.0 if t.masked else sum(len(r.logp) for r in t.responses) for t in trajectories]
     weights = dict(zip(map(id, trajectories), LOSS_MEANS[cfg.loss_mean](torch.tensor(tokens).double(), most).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient ...
     moving = [t for t in trajectories if not t.masked] if moving and cfg.kl_coef else moving  # ... but by their KL
+    chunk = max(1, LOGITS_AT_ONCE // policy.head.out_features)  # positions: (tokens x vocabulary) never exists
     for batch in micro_batches(moving, cfg.micro_batch_tokens):
-        logp = sampled_logps(policy, batch)  # (n,)
         rows = [(old, r.advantage, weights[id(t)], i) for i, t in enumerate(batch) for r in t.responses for old in r.logp]
-        old_logp, advantage, weight, row = torch.tensor(rows, dtype=logp.dtype, device=policy.device).T  # four (n,)
-        sequence = row if cfg.sequence_ratio else None
-        token_loss, clipped = clipped_loss(logp, old_logp, advantage, cfg.clip_low, cfg.clip_high, sequence)
-        with torch.no_grad():
-            reference_logp = sampled_logps(policy.reference, batch) if cfg.kl_coef else logp
-        kl = torch.exp(d := reference_logp - logp) - d - 1  # k3, an estimate of KL(pi || pi_ref) that is never negative
-        loss = (weight * (token_loss + cfg.kl_coef * kl)).sum()
-        loss.backward()
-        stats = loss.item(), len(logp), clipped.sum().item(), (logp - old_logp).abs().sum().item(), kl.sum().item()
+        old, advantage, weight, row = torch.tensor(rows, dtype=policy.precision, device=policy.device).T  # four (n,)
+        hidden, ids = sampled_hidden(policy, batch)  # (n, D), (n,)
+        anchor, reference = old, old
+        if cfg.sequence_ratio:  # GSPO: r = s = exp(mean_l (logp - old)), yet each token keeps its own gradient
+            now = sampled_logps(policy, hidden, ids)
+            anchor = now - per_group(torch.mean, now - old, row)
+        if cfg.kl_coef:
+            with torch.no_grad():
+                reference = sampled_logps(policy.reference, *sampled_hidden(policy.reference, batch))
+        gradients = []
+        parts = zip(*(x.split(chunk) for x in (hidden.detach(), ids, old, anchor, advantage, weight, reference)))
+        for h, y, old, anchor, advantage, weight, reference in parts:
+            logp = token_logps(policy, h.requires_grad_(), y)
+            token_loss, clipped = clipped_loss(logp, anchor, advantage, cfg.clip_low, cfg.clip_high)
+            kl = (torch.exp(d := reference - logp) - d - 1) * bool(cfg.kl_coef)  # k3: estimates KL(pi || pi_ref), never < 0
+            loss = (weight * (token_loss + cfg.kl_coef * kl)).sum()
+            loss.backward()
+            gradients.append(h.grad)
+            stats = loss.item(), len(logp), clipped.sum().item(), (logp - old).abs().sum().item(), kl.sum().item()
+            sums[:5] += torch.tensor(stats, dtype=torch.float64)
+        hidden.backward(torch.cat(gradients))
         size = len(batch) * max(len(t.ids) for t in batch)
-        sums += torch.tensor([*stats, size, size - sum(len(t.ids) for t in batch)])
+        sums[5:] += torch.tensor([size, size - sum(len(t.ids) for t in batch)])
     return sums.tolist()
 
 

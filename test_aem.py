@@ -448,7 +448,7 @@ def test_cached_rollout_equals_a_full_forward(family, tiny):
             assert torch.allclose(entropy, torch.tensor(r.entropy), atol=1e-4)
     policy.model.train()  # the update's path: padded, in training mode, where dropout would show
     old = torch.tensor([x for t in trajectories for r in t.responses for x in r.logp])
-    assert torch.allclose(aem.sampled_logps(policy, trajectories), old, atol=1e-4)
+    assert torch.allclose(aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories)), old, atol=1e-4)
 
 
 def test_a_trajectory_does_not_depend_on_its_batch(tiny):
@@ -592,24 +592,31 @@ def test_micro_batches_hold_everything_within_the_budget(played):
         assert all(len(b) == 1 or len(b) * max(len(t.ids) for t in b) <= budget for b in batches)
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
 @pytest.mark.parametrize("logits", [1, 2000, 10**9])  # a position at a time, some 13, all
-def test_log_probs_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, monkeypatch, logits):
+def test_a_head_in_chunks_equals_a_dense_one_in_value_and_gradient(tiny, played, monkeypatch, logits, estimator):
     monkeypatch.setattr(aem, "LOGITS_AT_ONCE", logits)
     policy = aem.Policy(copy.deepcopy(tiny.model).double().train(), tiny.tokenizer, temperature=0.7)
-    weights = torch.randn(sum(len(r.logp) for t in played for r in t.responses), dtype=torch.float64)
-    fast = aem.sampled_logps(policy, played)
-    (fast * weights).sum().backward()
-    chunked = [p.grad.clone() for p in policy.model.parameters()]
-    policy.model.zero_grad()
-    dense = []
-    for t in played:
+    dense, trajectories, cfg = [], copy.deepcopy(played), config(estimator=estimator, loss_mean="token")
+    old_logp = lambda t: torch.tensor([x for r in t.responses for x in r.logp], dtype=torch.float64)  # noqa: E731
+    for t in trajectories:
         logp = (policy.model(torch.tensor([t.ids])).logits[0] / 0.7).log_softmax(-1)
-        dense += [logp[r.start + i - 1, t.ids[r.start + i]] for r in t.responses for i in range(len(r.logp))]
-    (torch.stack(dense) * weights).sum().backward()
-    assert torch.allclose(fast, torch.stack(dense), rtol=0, atol=1e-12)
-    assert all(torch.allclose(a, p.grad, rtol=0, atol=1e-10) for a, p in zip(chunked, policy.model.parameters()))
-    with torch.no_grad():  # as for the reference of a KL term
-        assert torch.equal(aem.sampled_logps(policy, played), fast)
+        dense.append(torch.stack([logp[r.start + i - 1, t.ids[r.start + i]] for r in t.responses for i in range(len(r.logp))]))
+    ratios = [torch.exp(logp - old_logp(t)) for t, logp in zip(trajectories, dense)]
+    if estimator == "gspo":  # sequence-level form, each token of its response's advantage
+        ratios = [r.log().mean().exp().detach() * torch.exp(logp - logp.detach()) for r, logp in zip(ratios, dense)]
+    loss = 0.0
+    for t, ratio in zip(trajectories, ratios):
+        advantage = torch.tensor([r.advantage for r in t.responses for _ in r.logp], dtype=torch.float64)
+        clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+        loss = loss + torch.maximum(-advantage * ratio, -advantage * clipped).sum() / sum(map(len, dense))
+    loss.backward()
+    slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    sums, fast = gradients(policy, trajectories, cfg)
+    assert sums[0] == pytest.approx(loss.item(), abs=1e-12) and slow.norm() > 0.01
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
+    logps = aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories))  # as for the reference of a KL term
+    assert torch.allclose(logps, torch.cat(dense), rtol=0, atol=1e-12) and not logps.requires_grad
 
 
 def test_padding_is_small_and_counted(tiny):
@@ -642,9 +649,13 @@ def test_only_sampled_positions_get_gradient(tiny, played):
         seen[0].retain_grad()
 
     policy.body.register_forward_hook(keep_gradient)
-    aem.sampled_logps(policy, played).sum().backward()
+    trajectories = copy.deepcopy(played)
+    for t in trajectories:
+        for r in t.responses:
+            r.advantage = 1.0
+    aem.accumulate_gradients(policy, trajectories, config())
     touched = seen[0].grad.abs().sum(-1) > 0  # (B, T)
-    for row, t in enumerate(played):
+    for row, t in enumerate(next(aem.micro_batches(trajectories, 8192))):
         predicting = {r.start + i - 1 for r in t.responses for i in range(len(r.logp))}
         assert set(touched[row].nonzero().flatten().tolist()) == predicting
 
@@ -799,7 +810,7 @@ def test_every_estimator_equals_a_slow_one(name, with_aem, tiny, mixed):
             assert r.advantage == pytest.approx(expected.get((id(t), i), 0.0), abs=1e-9)
     for t in trajectories:  # on-policy: old log-probs are the present ones
         with torch.no_grad():
-            logps = aem.sampled_logps(policy, [t]).tolist()
+            logps = aem.sampled_logps(policy, *aem.sampled_hidden(policy, [t])).tolist()
         for r in t.responses:
             r.logp, logps = logps[: len(r.logp)], logps[len(r.logp) :]
     for noise in (0.0, 1e-4 if name == "gspo" else 0.02):

@@ -219,7 +219,7 @@ def trajectories(made, lengths):
 def dense_gradients(made, batch):
     """The update's loss by the plain way: log-probs of the whole vocabulary at all positions, in one piece."""
     ids = torch.tensor([t.ids for t in batch])
-    logp = made.model(ids, use_cache=False).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
+    logp = (made.model(ids, use_cache=False).logits / made.temperature).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
     loss = 0.0
     for row, t in enumerate(batch):
         tokens = sum(len(r.logp) for r in t.responses)
