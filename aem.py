@@ -331,7 +331,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
     cached: int = 0  # leading tokens that are in the KV cache
-    ended: bool = False  # the response being sampled has come to its end
+    waits: bool = True  # for its environment: at the start, and when a response has come to its end
     prompt: str = ""
     task_type: str = ""
     reward: float = 0.0
@@ -347,34 +347,41 @@ class Trajectory:
 class SlotCache:
     """Key-value cache in which a token's slot is its position: every row grows at its own length, without holes."""
     # padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it
-    layers = ()  # per layer [keys, values], each (B, heads, capacity, head size), zero where unused
+    layers = ()  # per layer [keys, values], each (rows, heads, capacity, head size), zero where unused
 
-    def prepare(self, slots, used):
-        """Announce a forward of tokens at `slots` (B, T), the longest row being `used` long. Returns its attention mask."""
-        self.slots, self.used, self.capacity = slots, used, int(slots.max()) + 1
-        return (torch.arange(used, device=slots.device) <= slots.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, used)
+    def prepare(self, rows, slots, capacity):
+        """Announce a forward of tokens at `slots` (B, T), all below `capacity`, of these `rows` (B,). Returns its mask."""
+        self.rows, self.slots, self.capacity = rows, slots, capacity
+        return (torch.arange(capacity, device=slots.device) <= slots.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, capacity)
 
     def update(self, key, value, layer, *args, **kwargs):
-        """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, used, head size)."""
+        """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, capacity, head size)."""
         if layer == len(self.layers):
             self.layers = [*self.layers, [key[:, :, :0], value[:, :, :0]]]
-        rows, stored = torch.arange(len(key), device=key.device).unsqueeze(-1), self.layers[layer]  # rows (B, 1)
+        stored, whole = self.layers[layer], len(self.rows) == len(self.layers[layer][0])
         for i, new in enumerate((key, value)):
             if (missing := self.capacity - stored[i].shape[2]) > 0:
                 missing = max(missing, self.capacity // 2, 64)  # by half: to grow by a constant is quadratic
-                stored[i] = torch.cat([stored[i], new.new_zeros(*new.shape[:2], missing, new.shape[3])], 2)
-            stored[i][rows, :, self.slots] = new.transpose(1, 2)
-        return stored[0][:, :, : self.used], stored[1][:, :, : self.used]
+                stored[i] = torch.cat([stored[i], stored[i].new_zeros(*stored[i].shape[:2], missing, new.shape[3])], 2)
+            stored[i][self.rows.unsqueeze(-1), :, self.slots] = new.transpose(1, 2)
+        return [x[:, :, : self.capacity] if whole else x[self.rows, :, : self.capacity] for x in stored]
+
+    def keep(self, rows):
+        """Only these rows go on, as rows 0, 1, ..."""
+        self.layers = [[x[rows] for x in layer] for layer in self.layers]
 
 
-def next_logits(policy, cache, trajectories):
-    """Logits (B, V) of each trajectory's next token: a forward over what is not in the cache yet, prompt, answer or token."""
+def next_logits(policy, cache, rows, trajectories):
+    """Logits (B, V) of each trajectory's next token: a forward over what is not in the cache yet, prompt, answer or token.
+
+    `rows` are the trajectories' rows in the cache.
+    """
     starts = [min(t.cached, len(t.ids) - 1) for t in trajectories]  # at least the last token: its output is wanted
     lengths = [len(t.ids) - start for t, start in zip(trajectories, starts)]
-    rows = [t.ids[start:] + [0] * (max(lengths) - n) for t, start, n in zip(trajectories, starts, lengths)]
-    ids = torch.tensor(rows, device=policy.device)  # (B, T), padded on the right
+    ids = [t.ids[start:] + [0] * (max(lengths) - n) for t, start, n in zip(trajectories, starts, lengths)]
+    ids, rows = torch.tensor(ids, device=policy.device), torch.tensor(rows, device=policy.device)  # (B, T) padded right, (B,)
     slots = torch.tensor(starts, device=policy.device).unsqueeze(-1) + torch.arange(ids.shape[1], device=policy.device)  # (B, T)
-    mask = cache.prepare(slots, max(len(t.ids) for t in trajectories))
+    mask = cache.prepare(rows, slots, max(starts) + ids.shape[1])
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)
@@ -388,30 +395,25 @@ def sample(logits, uniform):
     return ids.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
-def respond(policy, cache, trajectories, cfg):
-    """Every trajectory samples one response, token by token, up to its end-of-turn token or the limit."""
-    for t in trajectories:
-        t.ended = False
-        t.responses.append(Response(start=len(t.ids)))
-    for _ in range(cfg.max_response_tokens):
-        logits = next_logits(policy, cache, trajectories)
-        uniform = torch.tensor([0.0 if t.ended else t.rng.random() for t in trajectories], dtype=torch.float64)
-        ids = sample(logits, uniform.to(policy.device))
-        for t, token, logp, entropy in zip(trajectories, ids.tolist(), *(s.tolist() for s in token_stats(logits, ids))):
-            if not t.ended:
-                t.ids.append(token)
-                t.responses[-1].logp.append(logp)
-                t.responses[-1].entropy.append(entropy)
-                t.ended = token in policy.ends
-        if all(t.ended for t in trajectories):
-            break
-    for t in trajectories:
-        t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
+def sample_tokens(policy, cache, rows, trajectories, cfg):
+    """Every trajectory samples the next token of its response, which waits once it is at its end or at the limit."""
+    logits = next_logits(policy, cache, rows, trajectories)
+    uniform = torch.tensor([0.0 if t.waits else t.rng.random() for t in trajectories], dtype=torch.float64)
+    ids = sample(logits, uniform.to(policy.device))
+    for t, token, logp, entropy in zip(trajectories, ids.tolist(), *(s.tolist() for s in token_stats(logits, ids))):
+        if not t.waits:
+            t.ids.append(token)
+            t.responses[-1].logp.append(logp)
+            t.responses[-1].entropy.append(entropy)
+            t.waits = token in policy.ends or len(t.responses[-1].logp) == cfg.max_response_tokens
 
 
-def ask(t, seed):
+def ask(policy, t, seed):
     """What the environment says: its opening, or an answer to the last response."""
-    return t.env.step(t.responses[-1].text) if t.responses else t.env.reset(seed=seed)
+    if not t.responses:
+        return t.env.reset(seed=seed)
+    t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
+    return t.env.step(t.responses[-1].text)
 
 
 def act(policy, t, answer, cfg):
@@ -442,30 +444,46 @@ def make_environments(cfg):
     return environments
 
 
+def observe(policy, trajectories, seeds, cfg, pool):
+    """The environments answer those that wait. Who goes on begins a response; a crash fails its own trajectory."""
+    answers = [functools.partial(ask, policy, t, seeds[t.group]) for t in trajectories]
+    if getattr(trajectories[0].env, "parallel", False):
+        answers = [pool.submit(answer).result for answer in answers]
+    for t, answer in zip(trajectories, answers):
+        try:
+            act(policy, t, answer, cfg)
+        except envs.SandboxError:  # nobody's failure: the run stops
+            raise
+        except Exception:  # counted and shown
+            t.error, t.done = traceback.format_exc(), True
+        if not t.done:
+            t.waits = False
+            t.responses.append(Response(start=len(t.ids)))
+
+
 @torch.inference_mode()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
-    """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers."""
+    """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers.
+
+    All sample a token at a time. Those at the end of their response wait, until their rows have wasted as much work as two
+    forwards of all: then their environments answer, which is encoded in one forward. Who is done leaves the batch.
+    """
     policy.model.eval()  # subtle: in training mode gradient checkpointing drops the cache
     numbered = zip(range(len(seeds) * group_size), environments)
     trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
-    cache, playing, pool = SlotCache(), trajectories, ThreadPoolExecutor(8)
+    cache, playing, pool, idle = SlotCache(), trajectories, ThreadPoolExecutor(8), 0
     while playing:
-        if playing[0].ids:
-            respond(policy, cache, playing, cfg)
-        answers = [functools.partial(ask, t, seeds[t.group]) for t in playing]
-        if getattr(playing[0].env, "parallel", False):
-            answers = [pool.submit(answer).result for answer in answers]
-        for t, answer in zip(playing, answers):
-            try:
-                act(policy, t, answer, cfg)
-            except envs.SandboxError:  # nobody's failure: the run stops
-                raise
-            except Exception:  # a crash fails its own trajectory, and is counted and shown
-                t.error, t.done = traceback.format_exc(), True
-        rows = [i for i, t in enumerate(playing) if not t.done]
-        if len(rows) < len(playing):
-            cache.layers = [[stored[rows] for stored in layer] for layer in cache.layers]
-            playing = [playing[i] for i in rows]
+        waiting = [t for t in playing if t.waits]
+        rows, idle = range(len(playing)), idle + len(waiting)
+        if idle > 2 * len(playing) or len(waiting) == len(playing):
+            idle = 0
+            observe(policy, waiting, seeds, cfg, pool)
+            if any(t.done for t in waiting):
+                cache.keep([i for i, t in enumerate(playing) if not t.done])
+                playing = [t for t in playing if not t.done]
+            rows = [i for i, t in enumerate(playing) if t.responses[-1].start == len(t.ids)]
+        if rows:
+            sample_tokens(policy, cache, rows, [playing[i] for i in rows], cfg)
     if 2 * len(crashes := [t.error for t in trajectories if t.error]) > len(trajectories):
         raise RuntimeError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
     return trajectories
@@ -503,8 +521,12 @@ def relative_surprisal(policy, states, samples, cfg, seed=0):
     policy.model.eval()
     surprisal, entropy = [], []
     for i, (t, r) in enumerate(states):
-        fresh = [Trajectory(i, None, random.Random(f"{seed}/{i}/{k}"), t.ids[: r.start]) for k in range(samples)]
-        respond(policy, SlotCache(), fresh, cfg)
+        fresh = [Trajectory(i, None, random.Random(f"{seed}/{i}/{k}"), t.ids[: r.start], waits=False) for k in range(samples)]
+        for f in fresh:
+            f.responses.append(Response(r.start))
+        cache = SlotCache()
+        while not all(f.waits for f in fresh):
+            sample_tokens(policy, cache, range(samples), fresh, cfg)
         surprisal.append(-sum(r.logp))
         entropy.append(fmean(sum(f.responses[0].entropy) for f in fresh))
     return torch.tensor(surprisal) - torch.tensor(entropy), torch.tensor(entropy)

@@ -464,6 +464,24 @@ def test_a_trajectory_does_not_depend_on_its_batch(tiny):
     assert [t.ids for t in other] != [t.ids for t in together]
 
 
+def test_nobody_waits_for_the_longest_response(tiny, monkeypatch):
+    policy, worked = aem.Policy(random_model("qwen2", len(tiny.tokenizer), tiny.end), tiny.tokenizer), []
+    policy.ends = {tiny.end, *range(20, 20 + len(tiny.tokenizer) // 10)}  # of geometric lengths, up to the limit
+    plain = aem.next_logits
+    monkeypatch.setattr(aem, "next_logits", lambda p, c, rows, t: (worked.append(len(rows)), plain(p, c, rows, t))[1])
+    cfg = config(max_turns=6, max_response_tokens=40)
+    together = aem.rollout(policy, [Echo(6) for _ in range(32)], range(32), 1, cfg, "skewed")
+    lengths = [[len(r.logp) for r in t.responses] for t in together]
+    assert {len(row) for row in lengths} == {6} and max(map(max, lengths)) == 40 and min(map(min, lengths)) == 1
+    used, in_step = sum(map(sum, lengths)), 32 * sum(max(turn) for turn in zip(*lengths))
+    assert used <= sum(worked) < 1.5 * used < in_step / 2
+    apart = [aem.rollout(policy, [Echo(6)], [seed], 1, cfg, "skewed")[0] for seed in range(1)]  # batches of one, ...
+    for slots in (5, 32):  # ... of five, and in another order of work: the same ids for the same random numbers
+        apart += aem.rollout(policy, [Echo(6) for _ in range(slots)], range(slots), 1, cfg, "skewed")
+    for alone, t in zip(apart, [together[0], *together[:5], *together]):
+        assert alone.ids == t.ids and [r.start for r in alone.responses] == [r.start for r in t.responses]
+
+
 def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
     cut = ended = 0
     for t in played:
@@ -636,7 +654,7 @@ def test_the_cache_grows_without_losing_anything(tiny):
     cache, whole = aem.SlotCache(), torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
     for start, end in ((0, 5), (5, 6), (6, 200), (200, 201), (201, 700)):
         slots = torch.arange(start, end).expand(2, -1)
-        cache.prepare(slots, end)
+        cache.prepare(torch.arange(2), slots, end)
         keys, values = cache.update(*whole[:, :, :, start:end], layer=0)
         assert torch.equal(keys, whole[0, :, :, :end]) and torch.equal(values, whole[1, :, :, :end])
 
