@@ -24,7 +24,7 @@ import re
 import sys
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,7 +86,9 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results")
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
-    device: str = flag("auto", "'cpu', 'cuda', ...; 'auto' takes a GPU if there is one; a GPU computes in bf16 autocast")
+    device: str = flag("auto", "'cpu', 'cuda', ...; 'auto' takes a GPU if there is one")
+    dtype: str = flag("auto", "of matrix products: 'bfloat16', by default on a GPU, or 'float32'; weights are float32")
+    recompute_old_logps: bool = flag(False, "old log-probs by a forward of the update's own, not as sampled: for bfloat16's gap")
     seed: int = flag(0, "seed of tasks, sampling and minibatches; on one CPU, the same seed gives the same metrics")
     eval_every: int = flag(20, "steps between evaluations; there is one before the first step and after the last too")
     eval_tasks: int = flag(256, "held-out tasks per evaluation, one rollout of each at --temperature")
@@ -100,7 +102,8 @@ class Config:
         """Settle what is None or 'auto'. Raise UsageError for the first value that can't work, before anything expensive."""
         tables = {"estimator": ESTIMATORS, "advantage": ADVANTAGES, "loss_mean": LOSS_MEANS}
         tables |= {"aem_direction": ("normal", "reverse", "shuffle"), "aem_scope": ("group", "trajectory", "batch")}
-        for name, known in (tables | {"mask_drift": ("off", "raise", "lower")}).items():
+        tables |= {"mask_drift": ("off", "raise", "lower"), "dtype": ("auto", "float32", "bfloat16")}
+        for name, known in tables.items():
             if getattr(self, name) not in (None, *known):
                 raise UsageError(f"unknown --{name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         for name, value in ESTIMATORS[self.estimator].items():
@@ -119,6 +122,7 @@ class Config:
         if self.dataset and (self.env != "code" or self.model == "tiny"):
             raise UsageError("--dataset is for --env code, with a --model: 'tiny' knows the embedded tasks only")
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        self.dtype = ("float32" if self.device == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
 
 
 # ---------------------------------------------------------------- 1. the method: pure functions of tensors
@@ -223,19 +227,19 @@ def entropy_drift(logits, advantages):
 
 # ---------------------------------------------------------------- 2. the policy: a causal LM and its chat template
 class Policy:
-    """A causal LM with its tokenizer. Ids are appended, never encoded again. On a GPU: bf16 products from fp32 weights."""
+    """A causal LM with its tokenizer. Ids are appended, never encoded again. Rollout and update read the same weights."""
 
-    def __init__(self, model, tokenizer, temperature=1.0):
+    def __init__(self, model, tokenizer, temperature=1.0, dtype="float32"):
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.body, self.head, self.device = model.get_decoder(), model.get_output_embeddings(), model.device
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
         self.reference = None  # for a KL term: the starting policy, frozen
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.frame, self.end = chat_frame(tokenizer)
         self.ends = {self.end, tokenizer.eos_token_id}
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.plain = functools.partial(re.compile("|".join(special) or "(?!)").sub, " ")  # text that can't open or end a turn
         self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, self.device.type == "cuda")
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
             for name in {"p", "attention_dropout"} & vars(module).keys():
                 setattr(module, name, 0.0)
@@ -289,7 +293,7 @@ def load_policy(cfg, path):
         raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {' '.join(str(error).split())[:200]}") from None
     if cfg.gradient_checkpointing or cfg.gradient_checkpointing is None and cfg.device != "cpu":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, tokenizer, cfg.temperature)
+    return Policy(model, tokenizer, cfg.temperature, cfg.dtype)
 
 
 def warm_start(env, cfg):
@@ -357,13 +361,13 @@ class SlotCache:
     def update(self, key, value, layer, *args, **kwargs):
         """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, capacity, head size)."""
         if layer == len(self.layers):
-            self.layers = [*self.layers, [key[:, :, :0], value[:, :, :0]]]
+            self.layers = [*self.layers, [key[:, :, :0].to(value.dtype), value[:, :, :0]]]  # in bf16, rotation gives fp32 keys
         stored, whole = self.layers[layer], len(self.rows) == len(self.layers[layer][0])
         for i, new in enumerate((key, value)):
             if (missing := self.capacity - stored[i].shape[2]) > 0:
                 missing = max(missing, self.capacity // 2, 64)  # by half: to grow by a constant is quadratic
                 stored[i] = torch.cat([stored[i], stored[i].new_zeros(*stored[i].shape[:2], missing, new.shape[3])], 2)
-            stored[i][self.rows.unsqueeze(-1), :, self.slots] = new.transpose(1, 2)
+            stored[i][self.rows.unsqueeze(-1), :, self.slots] = new.transpose(1, 2).to(stored[i].dtype)
         return [x[:, :, : self.capacity] if whole else x[self.rows, :, : self.capacity] for x in stored]
 
     def keep(self, rows):
@@ -408,14 +412,6 @@ def sample_tokens(policy, cache, rows, trajectories, cfg):
             t.waits = token in policy.ends or len(t.responses[-1].logp) == cfg.max_response_tokens
 
 
-def ask(policy, t, seed):
-    """What the environment says: its opening, or an answer to the last response."""
-    if not t.responses:
-        return t.env.reset(seed=seed)
-    t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
-    return t.env.step(t.responses[-1].text)
-
-
 def act(policy, t, answer, cfg):
     """Enter into a trajectory what the environment says, `answer()`; its ids are appended."""
     if not t.responses:
@@ -446,7 +442,13 @@ def make_environments(cfg):
 
 def observe(policy, trajectories, seeds, cfg, pool):
     """The environments answer those that wait. Who goes on begins a response; a crash fails its own trajectory."""
-    answers = [functools.partial(ask, policy, t, seeds[t.group]) for t in trajectories]
+    answers = []
+    for t in trajectories:
+        if t.responses:
+            t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
+            answers.append(functools.partial(t.env.step, t.responses[-1].text))
+        else:
+            answers.append(functools.partial(t.env.reset, seed=seeds[t.group]))
     if getattr(trajectories[0].env, "parallel", False):
         answers = [pool.submit(answer).result for answer in answers]
     for t, answer in zip(trajectories, answers):
@@ -461,7 +463,6 @@ def observe(policy, trajectories, seeds, cfg, pool):
             t.responses.append(Response(start=len(t.ids)))
 
 
-@torch.inference_mode()
 def rollout(policy, environments, seeds, group_size, cfg, stream):
     """Trajectories: `group_size` episodes of each seed's task, in one batch; `stream` names their random numbers.
 
@@ -472,18 +473,19 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
     numbered = zip(range(len(seeds) * group_size), environments)
     trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
     cache, playing, pool, idle = SlotCache(), trajectories, ThreadPoolExecutor(8), 0
-    while playing:
-        waiting = [t for t in playing if t.waits]
-        rows, idle = range(len(playing)), idle + len(waiting)
-        if idle > 2 * len(playing) or len(waiting) == len(playing):
-            idle = 0
-            observe(policy, waiting, seeds, cfg, pool)
-            if any(t.done for t in waiting):
-                cache.keep([i for i, t in enumerate(playing) if not t.done])
-                playing = [t for t in playing if not t.done]
-            rows = [i for i, t in enumerate(playing) if t.responses[-1].start == len(t.ids)]
-        if rows:
-            sample_tokens(policy, cache, rows, [playing[i] for i in rows], cfg)
+    with torch.inference_mode(), policy.autocast():  # one autocast around all: each weight is rounded to bf16 once
+        while playing:
+            waiting = [t for t in playing if t.waits]
+            rows, idle = range(len(playing)), idle + len(waiting)
+            if idle > 2 * len(playing) or len(waiting) == len(playing):
+                idle = 0
+                observe(policy, waiting, seeds, cfg, pool)
+                if any(t.done for t in waiting):
+                    cache.keep([i for i, t in enumerate(playing) if not t.done])
+                    playing = [t for t in playing if not t.done]
+                rows = [i for i, t in enumerate(playing) if t.responses[-1].start == len(t.ids)]
+            if rows:
+                sample_tokens(policy, cache, rows, [playing[i] for i in rows], cfg)
     if 2 * len(crashes := [t.error for t in trajectories if t.error]) > len(trajectories):
         raise RuntimeError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
     return trajectories
@@ -602,9 +604,10 @@ def accumulate_gradients(policy, trajectories, cfg):
     """Gradients of one optimizer step, a sum over tokens.
 
     The loss is taken back through the head chunk by chunk, and then once through the body.
-    Returns sums: loss, sampled tokens, clipped, |old - new log-prob|, KL, positions in all, and those that are padding.
+    Returns: Counter of sums over tokens, `loss`, `clipped`, `gap` |old - new log-prob| and `kl`; of `tokens` sampled, `positions`
+    computed, and `padding` among these. Empty if there is nothing to learn.
     """
-    sums, most = torch.zeros(7, dtype=torch.float64), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
+    sums, most = Counter(), min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
     tokens = [0.0 if t.masked else sum(len(r.logp) for r in t.responses) for t in trajectories]
     weights = dict(zip(map(id, trajectories), LOSS_MEANS[cfg.loss_mean](torch.tensor(tokens).double(), most).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient ...
@@ -630,12 +633,24 @@ def accumulate_gradients(policy, trajectories, cfg):
             loss = (weight * (token_loss + cfg.kl_coef * kl)).sum()
             loss.backward()
             gradients.append(h.grad)
-            stats = loss.item(), len(logp), clipped.sum().item(), (logp - old).abs().sum().item(), kl.sum().item()
-            sums[:5] += torch.tensor(stats, dtype=torch.float64)
+            gap = (logp - old).abs().sum().item()
+            sums.update(loss=loss.item(), tokens=len(logp), clipped=clipped.sum().item(), gap=gap, kl=kl.sum().item())
         hidden.backward(torch.cat(gradients))
         size = len(batch) * max(len(t.ids) for t in batch)
-        sums[5:] += torch.tensor([size, size - sum(len(t.ids) for t in batch)])
-    return sums.tolist()
+        sums.update(positions=size, padding=size - sum(len(t.ids) for t in batch))
+    return sums
+
+
+@torch.no_grad()
+def recompute_old_logps(policy, trajectories, cfg):
+    """Replace the old log-probs recorded while sampling. Returns: mean |old - new|, the gap between the two computations."""
+    gaps = []
+    for batch in micro_batches([t for t in trajectories if t.responses], cfg.micro_batch_tokens):
+        logps = sampled_logps(policy, *sampled_hidden(policy, batch)).tolist()
+        for r in (r for t in batch for r in t.responses):
+            gaps += [abs(old - new) for old, new in zip(r.logp, logps)]
+            r.logp, logps = logps[: len(r.logp)], logps[len(r.logp) :]
+    return fmean(gaps)
 
 
 def update(policy, optimizer, trajectories, cfg, step):
@@ -644,22 +659,23 @@ def update(policy, optimizer, trajectories, cfg, step):
     A step that is not finite is skipped and counted; where no reward varies there is none. Returns: metrics, means over steps.
     """
     policy.model.train()
-    shuffler, taken, gaps, computed, padding = random.Random(f"{cfg.seed}/minibatches/{step}"), [], [], 0, 0
+    shuffler, taken, gaps, total = random.Random(f"{cfg.seed}/minibatches/{step}"), [], [], Counter()
+    recomputed = [recompute_old_logps(policy, trajectories, cfg)] if cfg.recompute_old_logps and trajectories else []
     for _ in range(cfg.epochs):
         order = shuffler.sample(trajectories, len(trajectories))
         for part in range(cfg.minibatches):
-            loss, tokens, clipped, gap, kl, *sizes = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
-            if not tokens:
+            sums = accumulate_gradients(policy, order[part :: cfg.minibatches], cfg)
+            if not sums:
                 continue
-            computed, padding = computed + sizes[0], padding + sizes[1]
+            total.update(sums)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
-            if math.isfinite(norm) and math.isfinite(loss):
+            if math.isfinite(norm) and math.isfinite(sums["loss"]):
                 optimizer.step()
-                taken.append((loss, norm, clipped / tokens, kl / tokens))
-            gaps.append(gap / tokens)  # the first is measured before the weights move: pure rounding
+                taken.append((sums["loss"], norm, sums["clipped"] / sums["tokens"], sums["kl"] / sums["tokens"]))
+            gaps.append(sums["gap"] / sums["tokens"])  # the first is measured before the weights move: pure rounding
             optimizer.zero_grad()
     means = dict(zip(("loss", "grad_norm", "clip_fraction", "kl"), [fmean(c) for c in zip(*taken)] or [0.0] * 4))
-    means |= {"logp_gap": (gaps or [0.0])[0], "padding": padding / max(computed, 1)}
+    means |= {"logp_gap": [*recomputed, *gaps, 0.0][0], "padding": total["padding"] / max(total["positions"], 1)}
     return means | {"updates": len(taken), "skipped_updates": len(gaps) - len(taken)}
 
 
@@ -748,7 +764,7 @@ def train(cfg):
         run.rmdir()
         raise UsageError(error) from None
     if cfg.kl_coef:
-        policy.reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, cfg.temperature)
+        policy.reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, cfg.temperature, cfg.dtype)
     cfg.lr = cfg.lr if cfg.lr is not None else 7e-4 if policy.model.num_parameters() < 1e7 else 1e-6
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=0.0)
     (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))

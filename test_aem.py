@@ -574,7 +574,7 @@ def test_loss_and_gradient_equal_a_slow_loop(tiny, played):
     with torch.no_grad():  # off-policy: ratios away from 1, so that both clips act
         for p in policy.model.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    (loss, tokens, clipped, *_), fast = gradients(policy, played, config())
+    sums, fast = gradients(policy, played, config())
     total = 0.0
     for t in played:  # mean over trajectories of the mean over their sampled tokens
         logp = torch.log_softmax(policy.model(torch.tensor([t.ids])).logits[0], -1)
@@ -586,19 +586,19 @@ def test_loss_and_gradient_equal_a_slow_loop(tiny, played):
         total = total + sum(losses) / len(losses) / len(played)
     total.backward()
     slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert loss == pytest.approx(total.item(), abs=1e-5) and 0 < clipped < tokens
+    assert sums["loss"] == pytest.approx(total.item(), abs=1e-5) and 0 < sums["clipped"] < sums["tokens"]
     assert torch.allclose(fast, slow, atol=1e-5) and slow.norm() > 0.01
 
 
 def test_micro_batches_padding_and_checkpointing_change_nothing(tiny, played):
     policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer)
-    (loss, *_), whole = gradients(policy, played, config(micro_batch_tokens=10**6))
+    sums, whole = gradients(policy, played, config(micro_batch_tokens=10**6))
     assert whole.norm() > 0.01
     for budget in (1, 150, 400):
-        (other, *_), grads = gradients(policy, played, config(micro_batch_tokens=budget))
-        assert other == pytest.approx(loss, abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
-    reversed_loss, grads = gradients(policy, played[::-1], config())
-    assert reversed_loss[0] == pytest.approx(loss, abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
+        other, grads = gradients(policy, played, config(micro_batch_tokens=budget))
+        assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
+    other, grads = gradients(policy, played[::-1], config())
+    assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert torch.allclose(gradients(policy, played, config())[1], whole, atol=1e-6)
 
@@ -631,7 +631,7 @@ def test_a_head_in_chunks_equals_a_dense_one_in_value_and_gradient(tiny, played,
     loss.backward()
     slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     sums, fast = gradients(policy, trajectories, cfg)
-    assert sums[0] == pytest.approx(loss.item(), abs=1e-12) and slow.norm() > 0.01
+    assert sums["loss"] == pytest.approx(loss.item(), abs=1e-12) and slow.norm() > 0.01
     assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
     logps = aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories))  # as for the reference of a KL term
     assert torch.allclose(logps, torch.cat(dense), rtol=0, atol=1e-12) and not logps.requires_grad
@@ -642,11 +642,11 @@ def test_padding_is_small_and_counted(tiny):
     batch = [aem.Trajectory(i, None, rng, [5] * rng.randint(100, 1000)) for i in range(128)]
     for t in batch:
         t.responses = [aem.Response(50, [-1.0], [1.0], advantage=1.0)]
-    *_, positions, padding = aem.accumulate_gradients(tiny, batch, config(micro_batch_tokens=8192))
+    sums = aem.accumulate_gradients(tiny, batch, config(micro_batch_tokens=8192))
     tiny.model.zero_grad()
     widths = [(len(b), max(len(t.ids) for t in b)) for b in aem.micro_batches(batch, 8192)]
-    assert positions == sum(rows * width for rows, width in widths)
-    assert padding == positions - sum(len(t.ids) for t in batch) and padding / positions < 0.1
+    assert sums["positions"] == sum(rows * width for rows, width in widths)
+    assert sums["padding"] == sums["positions"] - sum(len(t.ids) for t in batch) < 0.1 * sums["positions"]
 
 
 def test_the_cache_grows_without_losing_anything(tiny):
@@ -712,6 +712,49 @@ def test_gradient_of_a_tabular_policy_by_hand(tiny, played):
                 expected[state] -= r.advantage * score / length / len(trajectories)
     aem.accumulate_gradients(policy, trajectories, config())
     assert torch.allclose(policy.model.table.weight.grad, expected, atol=1e-6) and expected.norm() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gspo"])  # GSPO runs the head without gradient first
+def test_bfloat16_computes_from_fp32_weights_and_stays_close(tiny, played, estimator):
+    trajectories, found = copy.deepcopy(played), {}
+    for dtype in ("float32", "bfloat16"):
+        policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer, dtype=dtype)
+        policy.reference = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer, dtype=dtype)
+        sums, grads = gradients(policy, trajectories, config(estimator=estimator, kl_coef=0.1, clip_low=0.9, clip_high=9.0))
+        found[dtype] = grads
+        assert all(p.dtype == torch.float32 for p in policy.model.parameters()) and grads.dtype == torch.float32
+        rolled = aem.rollout(policy, [Echo() for _ in range(16)], range(4), 4, config(), "bf16")
+        old = [x for t in rolled for r in t.responses for x in r.logp]
+        now = aem.sampled_logps(policy, *aem.sampled_hidden(policy, rolled)).tolist()
+        gap = sum(abs(a - b) for a, b in zip(old, now)) / len(old)  # rollout and update read the same rounded weights
+        assert (gap < 1e-5) if dtype == "float32" else (1e-5 < gap < 0.02)
+    difference = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
+    assert 1e-4 < difference < 0.1
+
+
+def test_the_cache_holds_what_attention_reads(tiny):
+    policy, cache = aem.Policy(tiny.model, tiny.tokenizer, dtype="bfloat16"), aem.SlotCache()
+    t = aem.Trajectory(0, None, random.Random(0), tiny.opening("", "Say red."), [aem.Response(0)])
+    with torch.inference_mode():
+        aem.next_logits(policy, cache, [0], [t])
+    assert {x.dtype for layer in cache.layers for x in layer} == {torch.bfloat16}
+
+
+def test_old_log_probs_can_be_recomputed(tiny, played):
+    trajectories, cfg = copy.deepcopy(played), config(recompute_old_logps=True, minibatches=2, lr=0.0)
+    recorded = [x for t in trajectories for r in t.responses for x in r.logp]
+    for t in trajectories:
+        for r in t.responses:
+            r.logp = [x + 0.25 for x in r.logp]  # what was recorded is off
+    policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[50:60] += 0.01
+    truth = aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories)).tolist()
+    row = aem.update(policy, torch.optim.AdamW(policy.model.parameters(), lr=1e-4), trajectories, cfg, 1)
+    now = [x for t in trajectories for r in t.responses for x in r.logp]
+    assert now == pytest.approx(truth, abs=1e-5)  # those before the first step, also where the second one looks
+    assert row["logp_gap"] == pytest.approx(sum(abs(a + 0.25 - b) for a, b in zip(recorded, truth)) / len(truth), abs=1e-5)
+    assert aem.update(policy, None, [], cfg, 0)["logp_gap"] == 0.0
 
 
 def test_update_counts_and_skips(tiny, played):
@@ -839,7 +882,7 @@ def test_every_estimator_equals_a_slow_one(name, with_aem, tiny, mixed):
         loss, (above, below, inside) = slow_estimator_loss(name, policy, trajectories, with_aem, cfg)
         loss.backward()
         slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-        assert sums[0] == pytest.approx(loss.item(), abs=1e-6) and sums[2] == above + below
+        assert sums["loss"] == pytest.approx(loss.item(), abs=1e-6) and sums["clipped"] == above + below
         assert (fast - slow).abs().max() <= 1e-6 * max(1, slow.abs().max()) and slow.norm() > 0.01
         assert (above > 0 and below > 0 and inside > 0) if noise else above == below == 0
     assert fast.dtype == torch.float64
@@ -852,12 +895,12 @@ def test_kl_is_k3_to_the_reference(tiny, played):
     trajectories = copy.deepcopy(played)
     for r in trajectories[3].responses:
         r.advantage = 0.0  # nothing to learn here: only the KL pulls
-    assert gradients(policy, trajectories, cfg)[0][4] == 0  # at the start there is no distance
+    assert gradients(policy, trajectories, cfg)[0]["kl"] == 0  # at the start there is no distance
     with torch.no_grad():
         for p in policy.model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    (loss, tokens, _, _, kl, *_), fast = gradients(policy, trajectories, cfg)
-    (plain, *_), without = gradients(policy, trajectories, config())
+    sums, fast = gradients(policy, trajectories, cfg)
+    plain, without = gradients(policy, trajectories, config())
     total = summed = 0.0
     for t in trajectories:
         now, then = (torch.log_softmax(m(torch.tensor([t.ids])).logits[0], -1) for m in (policy.model, policy.reference.model))
@@ -867,8 +910,9 @@ def test_kl_is_k3_to_the_reference(tiny, played):
         total, summed = total + 0.5 * terms.mean() / len(trajectories), summed + terms.sum().item()
     total.backward()
     pull = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert tokens == sum(len(r.logp) for t in trajectories for r in t.responses)
-    assert loss - plain == pytest.approx(total.item(), abs=1e-6) and kl == pytest.approx(summed, rel=1e-6) and kl > 0
+    assert sums["tokens"] == sum(len(r.logp) for t in trajectories for r in t.responses)
+    assert sums["loss"] - plain["loss"] == pytest.approx(total.item(), abs=1e-6)
+    assert sums["kl"] == pytest.approx(summed, rel=1e-6) and summed > 0
     assert torch.allclose(fast - without, pull, atol=1e-8) and pull.norm() > 1e-4
     assert all(p.grad is None for p in policy.reference.model.parameters())
 

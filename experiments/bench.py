@@ -267,8 +267,8 @@ def update(rounds=5):
         (HERE / f"{kind}.pt").unlink()
     made, rng = policy(), random.Random(0)
     spread = trajectories(made, [rng.randint(100, 1000) for _ in range(128)])
-    *_, positions, padding = aem.accumulate_gradients(made, spread, settings(micro_batch_tokens=8192))
-    found["padding"] = round(padding / positions, 4)
+    sums = aem.accumulate_gradients(made, spread, settings(micro_batch_tokens=8192))
+    found["padding"] = round(sums["padding"] / sums["positions"], 4)
     for kind in ("body", "ours", "dense"):
         print(f"{kind:<8}{found[kind]['seconds']:>8.1f} s{found[kind]['mb']:>9.0f} MB above weights and gradients")
     print(f"ours takes {found['ours']['seconds'] / found['dense']['seconds']:.2f} of dense's time; ", end="")
