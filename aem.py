@@ -88,6 +88,7 @@ class Config:
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
     device: str = flag("auto", "'cpu', 'cuda', ...; 'auto' takes a GPU if there is one")
     dtype: str = flag("auto", "of matrix products: 'bfloat16', by default on a GPU, or 'float32'; weights are float32")
+    compile: bool = flag(False, "torch.compile the model: a minute or more at the start, fewer and larger kernels from then on")
     recompute_old_logps: bool = flag(False, "old log-probs by a forward of the update's own, not as sampled: for bfloat16's gap")
     seed: int = flag(0, "seed of tasks, sampling and minibatches; on one CPU, the same seed gives the same metrics")
     eval_every: int = flag(20, "steps between evaluations; there is one before the first step and after the last too")
@@ -293,6 +294,9 @@ def load_policy(cfg, path):
         raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {' '.join(str(error).split())[:200]}") from None
     if cfg.gradient_checkpointing or cfg.gradient_checkpointing is None and cfg.device != "cpu":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.compile:
+        torch.compiler.config.recompile_limit = 64  # rollout and update, prompts and single tokens: a dozen graphs
+        model.get_decoder().compile(dynamic=True)
     return Policy(model, tokenizer, cfg.temperature, cfg.dtype)
 
 
@@ -523,10 +527,8 @@ def relative_surprisal(policy, states, samples, cfg, seed=0):
     policy.model.eval()
     surprisal, entropy = [], []
     for i, (t, r) in enumerate(states):
-        fresh = [Trajectory(i, None, random.Random(f"{seed}/{i}/{k}"), t.ids[: r.start], waits=False) for k in range(samples)]
-        for f in fresh:
-            f.responses.append(Response(r.start))
-        cache = SlotCache()
+        rngs, cache = [random.Random(f"{seed}/{i}/{k}") for k in range(samples)], SlotCache()
+        fresh = [Trajectory(i, None, rng, t.ids[: r.start], [Response(r.start)], waits=False) for rng in rngs]
         while not all(f.waits for f in fresh):
             sample_tokens(policy, cache, range(samples), fresh, cfg)
         surprisal.append(-sum(r.logp))
@@ -581,11 +583,10 @@ LOGITS_AT_ONCE = 2**25  # that the update holds: 128 MB in float32, and twice th
 def sampled_hidden(policy, trajectories):
     """The hidden states (n, D) that all sampled tokens were drawn from, differentiable, and the tokens (n,), in order."""
     ids = pad_sequence([torch.tensor(t.ids) for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
-    at = [(row, r.start + i) for row, t in enumerate(trajectories) for r in t.responses for i in range(len(r.logp))]
-    row, at = torch.tensor(at, device=policy.device).T  # two (n,)
-    position = row * ids.shape[1] + at  # in (B * T)
+    firsts = [(row * ids.shape[1] + r.start, len(r.logp)) for row, t in enumerate(trajectories) for r in t.responses]
+    at = torch.tensor([first + i for first, n in firsts for i in range(n)], device=policy.device)  # (n,), in 0 ... B T
     hidden = policy.hidden(ids, use_cache=False)  # (B, T, D); padding is where nothing looks: right
-    return hidden.flatten(0, 1).index_select(0, position - 1), ids.flatten()[position]
+    return hidden.flatten(0, 1).index_select(0, at - 1), ids.flatten()[at]
 
 
 def token_logps(policy, hidden, ids):

@@ -482,6 +482,35 @@ def test_nobody_waits_for_the_longest_response(tiny, monkeypatch):
         assert alone.ids == t.ids and [r.start for r in alone.responses] == [r.start for r in t.responses]
 
 
+def test_a_compiled_model_computes_the_same(tiny, played, monkeypatch, tmp_path):
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(tmp_path)
+    graphs, plain = [], torch.nn.Module.compile
+
+    def traced(graph, inputs):  # what the compiler gets; as it is slow and needs a C++ compiler, it stays away
+        graphs.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend=traced, **options))
+    torch.compiler.reset()
+    cfg = config(compile=True, lr=0.0)
+    compiled, policy = aem.load_policy(cfg, tmp_path), aem.load_policy(config(), tmp_path)
+    for limit, rows in ((3, 6), (4, 4)):
+        cfg.max_turns = limit
+        batches = [aem.rollout(p, [Echo(limit) for _ in range(rows)], range(rows), 1, cfg, "c") for p in (compiled, policy)]
+        for fast, slow in zip(*batches):
+            assert fast.ids == slow.ids
+            assert [x for r in fast.responses for x in r.logp] == pytest.approx([x for r in slow.responses for x in r.logp], abs=1e-5)
+        if limit == 3:
+            first = len(graphs)
+    assert 0 < first < 12 and len(graphs) < first + 6  # other batches and lengths: (nearly) the same graphs
+    compiled.model.train(), policy.model.train()
+    (sums, fast), (expected, slow) = gradients(compiled, played, config()), gradients(policy, played, config())
+    assert sums["loss"] == pytest.approx(expected["loss"], abs=1e-6) and torch.allclose(fast, slow, atol=1e-6)
+    assert len(graphs) > first
+    torch.compiler.reset()
+
+
 def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
     cut = ended = 0
     for t in played:
