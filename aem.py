@@ -251,7 +251,8 @@ class Policy:
 
     def logits(self, hidden):  # (..., D) -> (..., V), at the sampling temperature
         with self.autocast():
-            return self.head(hidden).to(self.precision).div_(self.temperature)  # in place: this is the largest tensor of all
+            logits = self.head(hidden).to(self.precision)  # the largest tensor of all: no needless copy
+            return logits if self.temperature == 1 else logits / self.temperature
 
     def opening(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
@@ -414,6 +415,8 @@ def sample_tokens(policy, cache, rows, trajectories, cfg):
             t.responses[-1].logp.append(logp)
             t.responses[-1].entropy.append(entropy)
             t.waits = token in policy.ends or len(t.responses[-1].logp) == cfg.max_response_tokens
+            if t.waits:
+                t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
 
 
 def act(policy, t, answer, cfg):
@@ -446,13 +449,8 @@ def make_environments(cfg):
 
 def observe(policy, trajectories, seeds, cfg, pool):
     """The environments answer those that wait. Who goes on begins a response; a crash fails its own trajectory."""
-    answers = []
-    for t in trajectories:
-        if t.responses:
-            t.responses[-1].text = policy.tokenizer.decode(t.ids[t.responses[-1].start :], skip_special_tokens=True)
-            answers.append(functools.partial(t.env.step, t.responses[-1].text))
-        else:
-            answers.append(functools.partial(t.env.reset, seed=seeds[t.group]))
+    ask = lambda t: t.env.step(t.responses[-1].text) if t.responses else t.env.reset(seed=seeds[t.group])  # noqa: E731
+    answers = [functools.partial(ask, t) for t in trajectories]
     if getattr(trajectories[0].env, "parallel", False):
         answers = [pool.submit(answer).result for answer in answers]
     for t, answer in zip(trajectories, answers):
@@ -577,7 +575,7 @@ def micro_batches(trajectories, budget):
         del rest[-size:]
 
 
-LOGITS_AT_ONCE = 2**25  # that the update holds: 128 MB in float32, and twice that for gradients
+LOGITS_AT_ONCE = 2**26  # that the update holds: 256 MB in float32, and twice that for gradients
 
 
 def sampled_hidden(policy, trajectories):

@@ -769,6 +769,19 @@ def test_the_cache_holds_what_attention_reads(tiny):
     assert {x.dtype for layer in cache.layers for x in layer} == {torch.bfloat16}
 
 
+def test_the_benchmark_for_a_gpu_runs_on_a_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(aem.__file__).parent / "experiments"))
+    bench = importlib.import_module("bench")
+    found = bench.against_floors(bench.TINY, rows=8, turns=2, tokens=4, device="cpu")  # in bfloat16
+    assert found["tokens"] == 8 * 2 * 4 and 0 < found["logp_gap"] < 0.02
+    assert 0 < found["rollout_floor"] < found["rollout_seconds"] and 0 < found["update_floor"] < found["update_seconds"]
+    assert bench.policy(bench.QWEN_1_5B, device="meta").model.num_parameters() == 1_543_714_304  # Qwen2.5-1.5B's
+    assert bench.policy(bench.QWEN_7B, device="meta").model.num_parameters() == 7_615_616_512
+    cfg = bench.settings(max_turns=2, max_response_tokens=8)
+    slow = bench.lockstep(bench.policy(), 8, 2, cfg)  # all wait for the longest response
+    assert [t.ids for t in slow] == [t.ids for t in bench.ours(bench.policy(), 8, 2, 8)]
+
+
 def test_old_log_probs_can_be_recomputed(tiny, played):
     trajectories, cfg = copy.deepcopy(played), config(recompute_old_logps=True, minibatches=2, lr=0.0)
     recorded = [x for t in trajectories for r in t.responses for x in r.logp]
