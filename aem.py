@@ -227,6 +227,9 @@ def entropy_drift(logits, advantages):
 
 
 # ---------------------------------------------------------------- 2. the policy: a causal LM and its chat template
+LOGITS_AT_ONCE = 2**26  # that an update holds: 256 MB in float32, and twice that for gradients
+
+
 class Policy:
     """A causal LM with its tokenizer. Ids are appended, never encoded again. Rollout and update read the same weights."""
 
@@ -234,6 +237,7 @@ class Policy:
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.body, self.head, self.device = model.get_decoder(), model.get_output_embeddings(), model.device
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
+        self.chunk = max(1, LOGITS_AT_ONCE // self.head.out_features)  # positions that go through the head at once
         self.reference = None  # for a KL term: the starting policy, frozen
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.frame, self.end = chat_frame(tokenizer)
@@ -359,7 +363,7 @@ class SlotCache:
     layers = ()  # per layer [keys, values], each (rows, heads, capacity, head size), zero where unused
 
     def prepare(self, rows, slots, capacity):
-        """Announce a forward of tokens at `slots` (B, T), all below `capacity`, of these `rows` (B,). Returns its mask."""
+        """Announce a forward of tokens at `slots` (B, T) < `capacity` of `rows` (B,), all in order or some. Returns: its mask."""
         self.rows, self.slots, self.capacity = rows, slots, capacity
         return (torch.arange(capacity, device=slots.device) <= slots.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, capacity)
 
@@ -575,9 +579,6 @@ def micro_batches(trajectories, budget):
         del rest[-size:]
 
 
-LOGITS_AT_ONCE = 2**26  # that the update holds: 256 MB in float32, and twice that for gradients
-
-
 def sampled_hidden(policy, trajectories):
     """The hidden states (n, D) that all sampled tokens were drawn from, differentiable, and the tokens (n,), in order."""
     ids = pad_sequence([torch.tensor(t.ids) for t in trajectories], batch_first=True).to(policy.device)  # (B, T)
@@ -595,8 +596,7 @@ def token_logps(policy, hidden, ids):
 @torch.no_grad()
 def sampled_logps(policy, hidden, ids):
     """`token_logps` without gradient, in chunks of positions: (tokens x vocabulary) never exists."""
-    chunk = max(1, LOGITS_AT_ONCE // policy.head.out_features)
-    return torch.cat([token_logps(policy, h, y) for h, y in zip(hidden.split(chunk), ids.split(chunk))])
+    return torch.cat([token_logps(policy, h, y) for h, y in zip(hidden.split(policy.chunk), ids.split(policy.chunk))])
 
 
 def accumulate_gradients(policy, trajectories, cfg):
@@ -611,7 +611,6 @@ def accumulate_gradients(policy, trajectories, cfg):
     weights = dict(zip(map(id, trajectories), LOSS_MEANS[cfg.loss_mean](torch.tensor(tokens).double(), most).tolist()))
     moving = [t for t in trajectories if any(r.advantage for r in t.responses)]  # the others have no gradient ...
     moving = [t for t in trajectories if not t.masked] if moving and cfg.kl_coef else moving  # ... but by their KL
-    chunk = max(1, LOGITS_AT_ONCE // policy.head.out_features)  # positions: (tokens x vocabulary) never exists
     for batch in micro_batches(moving, cfg.micro_batch_tokens):
         rows = [(old, r.advantage, weights[id(t)], i) for i, t in enumerate(batch) for r in t.responses for old in r.logp]
         old, advantage, weight, row = torch.tensor(rows, dtype=policy.precision, device=policy.device).T  # four (n,)
@@ -624,7 +623,7 @@ def accumulate_gradients(policy, trajectories, cfg):
             with torch.no_grad():
                 reference = sampled_logps(policy.reference, *sampled_hidden(policy.reference, batch))
         gradients = []
-        parts = zip(*(x.split(chunk) for x in (hidden.detach(), ids, old, anchor, advantage, weight, reference)))
+        parts = zip(*(x.split(policy.chunk) for x in (hidden.detach(), ids, old, anchor, advantage, weight, reference)))
         for h, y, old, anchor, advantage, weight, reference in parts:
             logp = token_logps(policy, h.requires_grad_(), y)
             token_loss, clipped = clipped_loss(logp, anchor, advantage, cfg.clip_low, cfg.clip_high)
