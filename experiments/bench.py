@@ -475,9 +475,10 @@ def figure():
         turns.plot([int(n) for n in rows], [row[name] for row in rows.values()], "o-", label=label)
     turns.set(title="Rollout, 32 rows", xlabel="turns", ylabel="seconds", xscale="log", yscale="log")
     turns.set_xticks([int(n) for n in rows], list(rows))
+    turns.minorticks_off()
     turns.legend()
     kinds, update = ("body", "ours", "dense"), found["update"]
-    memory.bar(["body alone", "head in chunks (ours)", "full log-softmax"], [update[k]["mb"] / 1024 for k in kinds])
+    memory.bar(["body alone", "ours: head\nin chunks", "full\nlog-softmax"], [update[k]["mb"] / 1024 for k in kinds])
     for i, k in enumerate(kinds):
         memory.text(i, update[k]["mb"] / 1024, f"{update[k]['seconds']:.0f} s", ha="center", va="bottom")
     memory.set(title="Update, vocabulary 151,936, 4 x 1024 tokens", ylabel="peak memory above weights (GiB)")
@@ -489,7 +490,8 @@ def figure():
         step.bar([i + 0.27 * offset - 0.27 for i in range(len(names))], [rows[n][k] for n in names], 0.27, label=label)
     step.set_xticks(range(len(names)), ["1 turn of 64 tokens", "16 turns of 8 tokens"])
     step.set(title="Training step, 128 rows", ylabel="seconds")
-    step.legend()
+    step.legend(loc="upper left", fontsize="small")
+    step.margins(y=0.3)
     drawn.savefig(HERE / "bench.png", dpi=110)
 
 
