@@ -86,31 +86,59 @@ def with_interval(statistic, x, y, draws=2000):
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(x), (draws, len(x)), generator=generator)
     values = torch.tensor([statistic(x[i], y[i]) for i in picks], dtype=torch.float64)
-    low, high = values[~values.isnan()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = values.nanquantile(ends).tolist()  # NaN, if nothing varies in any of the resamples
     return {"value": statistic(x, y), "low": low, "high": high}
 
 
-def plot(columns, summary, path):
-    """Two scatter plots: what AEM acts on against relative surprisal, and predicted against measured change of entropy."""
+PANELS = {  # of a summary: columns x and y, axis labels
+    "mechanism": ("relative_surprisal", "one_minus_alpha", "relative surprisal $S - H_{resp}$ (nats)", "$1 - \\alpha$"),
+    "drift": ("predicted", "measured", "predicted drift $A\\,\\alpha\\,(S - H_{resp})$ (nats per unit step)",
+              "measured change of $H_{resp}$ (nats)"),
+}  # fmt: skip
+
+
+def plot(files, path):
+    """A row per diagnosis on disk: what AEM acts on against relative surprisal, predicted against measured change of entropy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    pairs = [
-        ("relative_surprisal", "one_minus_alpha", "mechanism", "relative surprisal $S - H_{resp}$ (nats)", "$1 - \\alpha$"),
-        ("predicted", "measured", "drift", "predicted drift $A\\,\\alpha\\,(S - H_{resp})$ (nats per unit step)",
-         "measured change of $H_{resp}$ (nats)"),
-    ]  # fmt: skip
-    for axis, (x, y, name, x_label, y_label) in zip(figure.subplots(1, 2), pairs):
-        good = columns["advantage"] > 0
-        for chosen, colour, label in ((good, "tab:green", "$A > 0$"), (~good, "tab:red", "$A \\leq 0$")):
-            axis.scatter(columns[x][chosen], columns[y][chosen], s=14, alpha=0.6, color=colour, label=label, linewidths=0)
-        axis.axhline(0, color="grey", linewidth=0.6)
-        axis.axvline(0, color="grey", linewidth=0.6)
-        r, signs = summary[name]["correlation"], summary[name]["sign_agreement"]
-        title = f"r = {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], signs agree in {signs['value']:.0%}"
-        axis.set(xlabel=x_label, ylabel=y_label, title=f"{title} of {len(columns[x])}")
-        axis.legend()
+    figure = Figure(figsize=(11, 4.4 * len(files)), layout="constrained")
+    for axes, file in zip(figure.subplots(len(files), 2, squeeze=False), files):
+        found = json.loads(file.read_text())
+        columns = {name: torch.tensor(column) for name, column in found["states"].items()}
+        for axis, (name, (x, y, x_label, y_label)) in zip(axes, PANELS.items()):
+            good = columns["advantage"] > 0
+            for chosen, colour, label in ((good, "tab:green", "$A > 0$"), (~good, "tab:red", "$A \\leq 0$")):
+                axis.scatter(columns[x][chosen], columns[y][chosen], s=14, alpha=0.6, color=colour, label=label, linewidths=0)
+            axis.axhline(0, color="grey", linewidth=0.6)
+            axis.axvline(0, color="grey", linewidth=0.6)
+            r, signs = found[name]["correlation"], found[name]["sign_agreement"]
+            title = f"r = {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], signs agree in {signs['value']:.0%}"
+            when = f"{file.stem.split('-')[1]}: " if len(files) > 1 else ""
+            axis.set(xlabel=x_label, ylabel=y_label, title=f"{when}{title} of {len(columns[x])}")
+            axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def diagnose(cfg, policy, environments, states, samples, updates):
+    """All batches. Returns: columns {name: (states in all,)} and the summary of what they say."""
+    numbers = aem.tqdm(range(updates), desc="diagnosis", unit="update")
+    batches = [diagnose_batch(policy, environments, cfg, number, states, samples) for number in numbers]
+    columns = {name: torch.cat([b[name] for b in batches]).double() for name in batches[0]}
+    pairs = {name: (x, y) for name, (x, y, *_) in PANELS.items()}
+    pairs["drift_without_aem"] = ("predicted_without_aem", "measured_without_aem")
+    summary = {}
+    for name, (x, y) in pairs.items():
+        statistics = {"correlation": correlation, "sign_agreement": agreement}
+        summary[name] = {label: with_interval(f, columns[x], columns[y]) for label, f in statistics.items()}
+    summary["updates"] = [{name: b[name].sum().item() for name in list(b)[4:]} for b in batches]
+    return columns, summary
+
+
+def save(path, columns, summary, **settings):
+    """Write summary and raw numbers as JSON."""
+    raw = {name: [round(v, 5) for v in column.tolist()] for name, column in columns.items()}
+    path.write_text(json.dumps({"settings": settings, **summary, "states": raw}))
 
 
 def main():
@@ -129,25 +157,11 @@ def main():
     except (aem.UsageError, ValueError) as error:
         print(f"diagnose.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    batches = [
-        diagnose_batch(policy, environments, cfg, number, args.states, args.samples)
-        for number in aem.tqdm(range(args.updates), desc="diagnosis", unit="update")
-    ]
-    columns = {name: torch.cat([b[name] for b in batches]).double() for name in batches[0]}
-    summary = {}
-    for name, x, y in (
-        ("mechanism", "relative_surprisal", "one_minus_alpha"),
-        ("drift", "predicted", "measured"),
-        ("drift_without_aem", "predicted_without_aem", "measured_without_aem"),
-    ):
-        statistics = {"correlation": correlation, "sign_agreement": agreement}
-        summary[name] = {label: with_interval(f, columns[x], columns[y]) for label, f in statistics.items()}
-    summary["updates"] = [{name: b[name].sum().item() for name in list(b)[4:]} for b in batches]
     path = args.run / f"diagnosis{'-start' * args.start}"
-    settings = {"states": args.states, "samples": args.samples, "updates": args.updates, "start": args.start}
-    raw = {name: [round(v, 5) for v in column.tolist()] for name, column in columns.items()}
-    path.with_suffix(".json").write_text(json.dumps({"settings": settings, **summary, "states": raw}))
-    plot(columns, summary, path.with_suffix(".png"))
+    settings = {"states": args.states, "samples": args.samples, "updates": args.updates}
+    columns, summary = diagnose(cfg, policy, environments, **settings)
+    save(path.with_suffix(".json"), columns, summary, **settings, start=args.start)
+    plot([path.with_suffix(".json")], path.with_suffix(".png"))
     print_table(summary, len(columns["advantage"]))
     print(f"look at {path}.png; raw numbers are in {path}.json")
 

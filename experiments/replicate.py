@@ -5,35 +5,43 @@
     python experiments/replicate.py --report   # every table and figure, from experiments/results alone
 
 Each finished run is one line of experiments/results/runs.jsonl and is never run again. The learning rate of every arm of the
-main table is chosen on seeds of its own (TUNING), and so is the regime map; what is reported runs on SEEDS, paired by seed.
-All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
+main table is chosen on seeds of its own (TUNING), and the map of regimes has its own (MAPPED); what is reported runs on SEEDS,
+paired by seed. All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import aem
+import diagnose
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, TUNING, MAPPED = tuple(range(1, 9)), (101, 102), (101, 102, 103)
 COMMON = dict(steps=60, eval_every=60, eval_tasks=512)
+QUICK = dict(steps=20, eval_every=20, eval_tasks=256)
+T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t, 97.5 %, by degrees of freedom
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-WORLDS = {"household": dict(env="household"), "code": dict(env="code")}
+WORLDS = ("household", "code")
 ESTIMATORS = ("grpo", "dapo", "gspo", "grpo++", "gigpo")
-ABLATIONS = {
+ARMS = {e + " + AEM" * with_aem: dict(estimator=e, aem=with_aem) for e in ESTIMATORS for with_aem in (False, True)}
+PAIR = ("grpo", "grpo + AEM")
+VARIANTS = {  # of GRPO + AEM
     "reversed": dict(aem_direction="reverse"),
     "shuffled": dict(aem_direction="shuffle"),
     "scope trajectory": dict(aem_scope="trajectory"),
@@ -41,9 +49,11 @@ ABLATIONS = {
     "lambda 0.5": dict(lam=0.5),
     "lambda 2": dict(lam=2.0),
     "no gate": dict(min_range=0.0),
+    "only what should raise entropy": dict(mask_drift="raise"),
+    "only what should lower entropy": dict(mask_drift="lower"),
 }
 REGIMES = {  # rows of the map: what differs from the main setting in household
-    "start 35 %": dict(),
+    "as in the main table": dict(),
     "start 20 %": dict(warm_steps=400),  # success of the starting policy hangs on how long it has imitated
     "start 10 %": dict(warm_steps=250),
     "start 5 %": dict(warm_steps=175),
@@ -68,31 +78,34 @@ def key(flags, seed):
 
 
 def run(flags, seed):
-    """Train once. Returns: the line of runs.jsonl. In a process of its own, on one core."""
+    """Train once, on one core, in a process of its own. Returns: the line of runs.jsonl."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        settings = dict(flags, seed=seed, out=out)
         try:
-            rows, ended = aem.train(aem.Config(**flags, seed=seed, out=out, name="run")), ""
-        except aem.UsageError as error:  # dynamic sampling found no groups that vary: the policy has collapsed
+            rows, ended = aem.train(aem.Config(**settings, name="run")), ""
+        except aem.UsageError as error:  # dynamic sampling finds no group that varies any more: the policy has collapsed
             rows, ended = [json.loads(line) for line in open(Path(out) / "run" / "metrics.jsonl")], str(error)
-            rows[-1] |= {"eval_success": 0.0, "eval_by_type": dict.fromkeys(rows[0]["eval_by_type"], 0.0)}
+            last = aem.train(aem.Config(**settings | dict(steps=0, model=f"{out}/run", name="last")))[0]
+            rows[-1] |= {name: value for name, value in last.items() if name.startswith("eval_")}
+    seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
+    rows += rows[-1:] * (flags["steps"] + 1 - len(rows))  # a run that has ended stays where it was
     curves = {name: [float(f"{row[name]:.4g}") for row in rows] for name in KEPT}
     ends = {when: {"all": row["eval_success"], **row["eval_by_type"]} for when, row in (("before", rows[0]), ("after", rows[-1]))}
-    seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
     return {"flags": flags, "seed": seed, **ends, "curves": curves, "seconds": round(seconds, 1), "ended": ended}
 
 
-def run_all(wanted, workers):
+def run_all(wanted, workers, bar):
     """Run what has no result yet, `workers` at a time; each result is written down at once."""
     known = finished()
     missing = {key(*pair): pair for pair in wanted if key(*pair) not in known}
-    for flags in {flags["env"] + str(flags.get("warm_steps")) + str(flags.get("max_turns")): flags for flags, _ in missing.values()}.values():
+    for flags, _ in missing.values():
         cfg = aem.Config(**flags)
         cfg.check()
         aem.warm_start(aem.make_environments(cfg)[0], cfg)  # once, before several processes want it
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: their bars
     RESULTS.mkdir(exist_ok=True)
-    bar = tqdm(total=len(missing), desc="runs", unit="run", disable=False)
+    bar.update(len(wanted) - len(missing))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, *pair) for pair in missing.values()]):
             with open(RESULTS / "runs.jsonl", "a") as file:
@@ -101,44 +114,187 @@ def run_all(wanted, workers):
 
 
 # ---------------------------------------------------------------- the study: which runs
-def setting(world, estimator, with_aem, **more):
-    return COMMON | WORLDS[world] | dict(estimator=estimator, aem=with_aem) | more
+def setting(world, arm, **more):
+    return COMMON | dict(env=world) | ARMS[arm] | more
 
 
-def tuning(world):
-    return [(setting(world, e, a, lr=lr), s) for s in TUNING for lr in RATES for e in ESTIMATORS for a in (False, True)]
-
-
-def regimes():
-    return [(setting("household", "grpo", a, lr=lr, **r), s) for s in MAPPED for r in REGIMES.values() for lr in RATES for a in (False, True)]
-
-
-def best_rate(known, world, estimator, with_aem):
-    """The learning rate of the highest mean success at the end, held-out tasks, over the tuning seeds."""
-    at = lambda lr: fmean(known[key(setting(world, estimator, with_aem, lr=lr), s)]["after"]["all"] for s in TUNING)  # noqa: E731
-    return max(RATES, key=at)
+def tuned(known, world, arm):
+    """Mean held-out success at the end over the tuning seeds, by learning rate, where all of them have run."""
+    found = {lr: lines(known, setting(world, arm, lr=lr), TUNING) for lr in RATES}
+    return {lr: fmean(map(success, runs)) for lr, runs in found.items() if len(runs) == len(TUNING)}
 
 
 def reported(known, world):
-    """The runs of the main table, each arm at its own best learning rate: {(estimator, aem, variant): flags}."""
-    rates = {(e, a): best_rate(known, world, e, a) for e in ESTIMATORS for a in (False, True)}
-    arms = {(e, a, ""): setting(world, e, a, lr=lr) for (e, a), lr in rates.items()}
-    if world == "household":
-        more = ABLATIONS | {f"only what should {d} it": dict(mask_drift=d) for d in ("raise", "lower")}
-        arms |= {("grpo", True, name): setting(world, "grpo", True, lr=rates["grpo", True], **flags) for name, flags in more.items()}
+    """The runs of the main table and of the ablations, each arm at its own best learning rate: {name: flags}."""
+    rates = {arm: tuned(known, world, arm) for arm in ARMS}
+    arms = {arm: setting(world, arm, lr=max(ends, key=ends.get)) for arm, ends in rates.items() if len(ends) == len(RATES)}
+    if world == "household" and "grpo + AEM" in arms:
+        arms |= {name: arms["grpo + AEM"] | flags for name, flags in VARIANTS.items()}
     return arms
 
 
 def study(workers):
     """Everything, in an order in which each stage has what it needs."""
+    cells = [dict(lr=lr, **more) for more in REGIMES.values() for lr in RATES]
+    total = len(WORLDS) * len(ARMS) * (len(TUNING) * len(RATES) + len(SEEDS)) + len(VARIANTS) * len(SEEDS)
+    bar = tqdm(total=total + 2 * len(cells) * len(MAPPED), desc="runs", unit="run")
     for world in WORLDS:
-        run_all(tuning(world), workers)
-        run_all([(flags, s) for s in SEEDS for flags in reported(finished(), world).values()], workers)
+        run_all([(setting(world, arm, lr=lr), s) for s in TUNING for lr in RATES for arm in ARMS], workers, bar)
+        arms = reported(finished(), world)
+        run_all([(flags, s) for s in SEEDS for flags in arms.values()], workers, bar)
         if world == "household":
-            run_all(regimes(), workers)
+            mechanism(arms["grpo + AEM"])
+            run_all([(setting(world, arm, **c), s) for s in MAPPED for c in cells for arm in PAIR], workers, bar)
+
+
+def mechanism(flags, states=64, samples=64, updates=4):
+    """Diagnose the run of the first seed at its start, in its middle and at its end: results/mechanism-*.json."""
+    for when, steps in (("start", 0), ("middle", flags["steps"] // 2), ("end", flags["steps"])):
+        path = RESULTS / f"mechanism-{when}.json"
+        if path.exists():
+            continue
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            aem.train(aem.Config(**flags | dict(steps=steps), seed=SEEDS[0], out=out, name="run"))
+            found = diagnose.diagnose(*diagnose.load(Path(out) / "run", when == "start"), states, samples, updates)
+            diagnose.save(path, *found, states=states, samples=samples, updates=updates)
+
+
+def quick(workers):
+    """Two arms, two seeds, at the default learning rate: is everything in order?"""
+    arms = [setting("household", arm, lr=7e-4) | QUICK for arm in PAIR]
+    run_all([(flags, s) for s in SEEDS[:2] for flags in arms], workers, tqdm(total=4, desc="runs", unit="run"))
+    contrasts(finished(), "household, quick: without AEM, with AEM", {"grpo": arms})
+
+
+# ---------------------------------------------------------------- the report
+def lines(known, flags, seeds):
+    return [known[key(flags, s)] for s in seeds if key(flags, s) in known]
+
+
+def success(line):
+    """Held-out success at the end."""
+    return line["after"]["all"]
+
+
+def area(line):
+    """Mean success over all training steps: the area under the curve."""
+    return fmean(line["curves"]["success"])
+
+
+def interval(values):
+    """Half of the 95 % interval of a mean, by Student's t."""
+    n = len(values)
+    return T[n - 1] * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def paired(a, b):
+    """Text: mean of b - a in points, its 95 % interval, and p of the exact paired permutation test (all 2^n signs)."""
+    d = [100 * (y - x) for x, y in zip(a, b, strict=True)]
+    sums = [abs(sum(sign * x for sign, x in zip(signs, d))) for signs in itertools.product((1, -1), repeat=len(d))]
+    p = fmean(s >= abs(sum(d)) - 1e-9 for s in sums)
+    return f"{fmean(d):+.1f} ± {interval(d):.1f}, p = {p:.2f}"
+
+
+def table(title, head, rows):
+    """Print a table of Markdown; rows: {name: cells}."""
+    print(f"\n**{title}**\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def contrasts(known, title, pairs, a="without", b="with"):
+    """Print success at the end and area under the curve, %, of pairs of arms, and their difference; pairs: {name: two flags}."""
+    rows = {}
+    for name, pair in pairs.items():
+        seeds = [s for s in SEEDS if all(key(flags, s) in known for flags in pair)]
+        rows[name] = [f"{pair[0]['lr']:g}, {pair[1]['lr']:g}", str(len(seeds))]
+        for measure in (success, area) if seeds else ():
+            values = [[measure(line) for line in lines(known, flags, seeds)] for flags in pair]
+            rows[name] += [f"{100 * fmean(v):.1f} ± {100 * interval(v):.1f}" for v in values] + [paired(*values)]
+    columns = [f"{measure}: {which}" for measure in ("end", "area") for which in (a, b, "difference")]
+    table(title, ["learning rates", "seeds", *columns], rows)
+
+
+def tables(known):
+    """Print what there are results for."""
+    for world in WORLDS:
+        rates = {arm: tuned(known, world, arm) for arm in ARMS}
+        rows = {arm: [f"{100 * ends[lr]:.1f}" if lr in ends else "" for lr in RATES] for arm, ends in rates.items()}
+        table(f"{world}: success at the end by learning rate, tuning seeds, %", [f"{lr:g}" for lr in RATES], rows)
+        arms = reported(known, world)
+        pairs = {e: (arms[e], arms[e + " + AEM"]) for e in ESTIMATORS if {e, e + " + AEM"} <= set(arms)}
+        contrasts(known, f"{world}: without AEM, with AEM", pairs)
+        varied = {name: (arms["grpo + AEM"], arms[name]) for name in VARIANTS if name in arms}
+        contrasts(known, f"{world}: GRPO + AEM, and variants of it", varied, "AEM", "variant")
+        ends = {arm: [line["after"] for line in lines(known, arms[arm], SEEDS)] for arm in ARMS if arm in arms}
+        kinds = list(next((found[0] for found in ends.values() if found), ()))
+        rows = {arm: [f"{100 * fmean(end[kind] for end in found):.1f}" for kind in kinds] for arm, found in ends.items() if found}
+        table(f"{world}: success at the end by type of task, %", kinds, rows)
+    ended = [line for line in known.values() if line.get("ended")]
+    print(f"\n{len(known)} runs; {len(ended)} of them ended early, as dynamic sampling found no group that varies any more")
+
+
+def dynamics(known, file, arms):
+    """Success and the share of negative advantages, and response entropy, over the training steps; arms: {label: flags}."""
+    runs = {label: lines(known, flags, SEEDS) for label, flags in arms.items()}
+    if min(map(len, runs.values())) < 2:
+        return
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawn = ((left, "success", "-"), (left, "negative", "--"), (right, "response_entropy", "-"))
+    for (i, (label, found)), (axis, name, dashes) in itertools.product(enumerate(runs.items()), drawn):
+        steps = list(zip(*(line["curves"][name] for line in found)))
+        mean, half = [fmean(v) for v in steps], [interval(v) for v in steps]
+        text = {"success": "success", "negative": "responses with A < 0"}.get(name, f"mean of {len(found)} seeds")
+        axis.plot(mean, dashes, color=f"C{i}", label=f"{label}: {text}")
+        low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+        axis.fill_between(range(len(mean)), low, high, alpha=0.15, color=f"C{i}")
+    left.set(title="Success, and responses of negative advantage", ylabel="share of trajectories, of responses", ylim=(0, 1))
+    right.set(title="Response entropy", ylabel="response entropy (nats)", ylim=(0, None))
+    for axis in (left, right):
+        axis.set_xlabel("training step; band: 95 % interval of the mean")
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / f"{file}.png", dpi=120)
+
+
+def regime_map(known):
+    """GRPO + AEM against GRPO: rows REGIMES, columns RATES."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis, grid = figure.subplots(), [[math.nan] * len(RATES) for _ in REGIMES]
+    for y, more in enumerate(REGIMES.values()):
+        for x, lr in enumerate(RATES):
+            plain, ours = (lines(known, setting("household", a, lr=lr, **more), MAPPED) for a in PAIR)
+            if len(plain) == len(ours) == len(MAPPED):
+                ends = [100 * fmean(map(success, found)) for found in (plain, ours)]
+                gains = [100 * (area(b) - area(a)) for a, b in zip(plain, ours)]
+                grid[y][x] = fmean(gains)
+                text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(gains):.1f}"
+                axis.text(x, y, text, ha="center", va="center", fontsize=9)
+    drawn = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto")
+    figure.colorbar(drawn, label="area under the curve: with AEM - without (points)")
+    axis.set(xticks=range(len(RATES)), xticklabels=RATES, yticks=range(len(REGIMES)), yticklabels=REGIMES, xlabel="learning rate")
+    axis.set_title(f"GRPO → GRPO + AEM: held-out success at the end (%), difference in area; {len(MAPPED)} seeds", fontsize=10)
+    figure.savefig(RESULTS / "regimes.png", dpi=120)
+
+
+def report(_):
+    """Print every table, draw every figure."""
+    known = finished()
+    tables(known)
+    arms = reported(known, "household")
+    if set(PAIR) <= set(arms):
+        dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
+        masked = ("only what should raise entropy", "only what should lower entropy")
+        dynamics(known, "drift", {"all responses": arms["grpo + AEM"]} | {name: arms[name] for name in masked})
+    regime_map(known)
+    if (RESULTS / "mechanism-end.json").exists():
+        diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
-    study(parser.parse_args().workers)
+    parser.add_argument("--quick", dest="what", action="store_const", const=quick, default=study, help="two arms, two seeds")
+    parser.add_argument("--report", dest="what", action="store_const", const=report, help="print and draw what the results say")
+    args = parser.parse_args()
+    args.what(args.workers)
