@@ -2056,6 +2056,11 @@ def test_the_table_of_estimators_comes_from_the_committed_results(capsys):
         assert f"| `{name}` |" in readme and f"{before} to {after}".replace("%", " %") in readme, line
 
 
+def test_the_table_of_memory_is_what_its_script_prints():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    assert "\n".join(experiment("memory").table()) in readme
+
+
 STUDY = """
 import sys
 sys.path.insert(0, "experiments")
