@@ -859,7 +859,8 @@ def evaluate(policy, environments, cfg):
     batch = cfg.groups * cfg.group_size
     for first in range(0, len(seeds), batch):
         played += rollout(policy, environments, seeds[first : first + batch], 1, cfg, f"eval/{first}")
-    by_type = {kind: fmean(t.success for t in played if t.task_type == kind) for kind in sorted({t.task_type for t in played})}
+    kinds = sorted({t.task_type for t in played if t.task_type})
+    by_type = {kind: fmean(t.success for t in played if t.task_type == kind) for kind in kinds}
     success = fmean(t.success for t in played)
     seconds = time.perf_counter() - start
     return played, {"eval_success": success, "eval_tasks": len(played), "eval_by_type": by_type, "eval_seconds": seconds}
@@ -870,7 +871,8 @@ def readable(trajectories, step):
     chosen = max(trajectories, key=lambda t: max((r.alpha for r in t.responses), default=0)).group
     group, text = sorted((t for t in trajectories if t.group == chosen), key=lambda t: t.reward), ""
     for t in group[-1], group[0]:
-        text += f"=== step {step}, {t.task_type} task, reward {t.reward:.1f} after {len(t.responses)} turns\n{t.prompt}\n"
+        kind = f"{t.task_type} task".strip()
+        text += f"=== step {step}, {kind}, reward {t.reward:.1f} after {len(t.responses)} turns\n{t.prompt}\n"
         for r in t.responses:
             text += f"  > {r.text:<40} H_bar {fmean(r.entropy):.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}\n"
             text += f"{r.observation}\n"

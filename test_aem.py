@@ -1,6 +1,6 @@
 """Tests of aem.py and envs.py: numbers derived by hand, slow obvious twins of every fast path, a tiny run that must learn.
 
-    pytest -q          # offline, on a CPU, about two minutes
+    pytest -q          # offline, on a CPU, about four minutes
 """
 
 import copy
@@ -1933,12 +1933,12 @@ def test_adapters_need_peft(runs, monkeypatch):
 def test_environments_of_gem(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "gem", None)
     with pytest.raises(ValueError, match="pip install gem-llm"):
-        envs.make("gem:game:GuessTheNumber-v0")
+        envs.make("gem:game:GuessTheNumber-v0-easy")
     monkeypatch.delitem(sys.modules, "gem")
     pytest.importorskip("gem")
     with pytest.raises(ValueError, match="game:Nothing-v0"):
         envs.make("gem:game:Nothing-v0")
-    cfg = config(env="gem:game:GuessTheNumber-v0", max_turns=None)
+    cfg = config(env="gem:game:GuessTheNumber-v0-easy", max_turns=None)
     worlds = aem.make_environments(cfg)
     assert cfg.max_turns == worlds[0].max_turns and cfg.env_timeout == 60
     played = aem.rollout(tiny, worlds, [1, 2], 4, cfg, "gem")
@@ -2195,7 +2195,7 @@ BAD = [  # flags, and what the message must hold; capitals stand for files
     (["--track", "paper"], "--track"),
     (["--track", "wandb"], "pip install wandb"),
     (["--compile", "true"], "C++ compiler"),
-    (["--env", "gem:game:GuessTheNumber-v0"], "pip install gem-llm"),
+    (["--env", "gem:game:GuessTheNumber-v0-easy"], "pip install gem-llm"),
     (["--env", "test_aem:Unmakeable"], "test_aem:Unmakeable"),
     (["--env", "test_aem:Echo.words"], "test_aem:Echo.words"),
     (["--env", "code", "--model", "WHOLE", "--dataset", "no_tasks.jsonl"], "no_tasks.jsonl"),
