@@ -499,16 +499,15 @@ ENVS = {"household": Household, "code": Code}
 
 def make(name, **kwargs):
     """An environment: a name in `ENVS`, gem:NAME for GEM's, or `module:Class`. Raises ValueError if there is none such."""
-    if name not in ENVS and ":" not in name:
+    if name in ENVS:
+        return ENVS[name](**kwargs)
+    if ":" not in name:
         raise ValueError(f"unknown environment {name!r}: use one of {', '.join(ENVS)}, or module:Class for your own")
+    gem = name.startswith("gem:")
     try:
-        if name.startswith("gem:"):
-            return pkgutil.resolve_name("gem:make")(name[4:], **kwargs)
-        return (ENVS.get(name) or pkgutil.resolve_name(name))(**kwargs)
+        return pkgutil.resolve_name("gem:make")(name[4:], **kwargs) if gem else pkgutil.resolve_name(name)(**kwargs)
     except Exception as error:
-        if name in ENVS:
-            raise
-        hint = "; pip install gem-llm" * (name.startswith("gem:") and isinstance(error, ImportError))
+        hint = "; pip install gem-llm" * (gem and isinstance(error, ImportError))
         raise ValueError(f"cannot make environment {name!r}: {type(error).__name__}: {error}{hint}") from error
 
 
