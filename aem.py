@@ -1060,7 +1060,11 @@ def train(cfg):
     quiet = rank > 0 or "TQDM_DISABLE" in os.environ
     with signals() as noted, tqdm(total=cfg.steps + 1, initial=first, desc=run.name, unit="step", disable=quiet) as bar:
         for step in range(first, cfg.steps + 1):
-            trajectories, row = train_step(policy, optimizer, environments, cfg, step) if cfg.steps else ([], {"step": 0})
+            try:
+                trajectories, row = train_step(policy, optimizer, environments, cfg, step) if cfg.steps else ([], {"step": 0})
+            except UsageError:  # too few groups that vary, too many crashes: what was learned stays
+                export(run, policy)
+                raise
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 evaluated, more = evaluate(policy, environments, cfg)
                 trajectories, row = trajectories or evaluated, row | more

@@ -2091,6 +2091,23 @@ def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path):
         assert len(json.loads((tmp_path / f"mechanism-{when}.json").read_text())["states"]["advantage"]) == 9
 
 
+class Alike(Echo):
+    """No rewards: no group ever varies."""
+
+    def step(self, text):
+        answer, _, *rest = super().step(text)
+        return answer, 0.0, *rest
+
+
+def test_a_run_of_the_study_that_ends_early_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    flags = dict(env="test_aem:Alike", warm_steps=30, cache_dir=str(tmp_path), steps=3, eval_every=3, eval_tasks=16)
+    flags |= dict(groups=2, group_size=4, max_turns=3, max_response_tokens=6, estimator="dapo", max_resample=1, overlong=0.0)
+    line = experiment("replicate").run(flags, 1)
+    assert "--max_resample" in line["ended"]
+    assert line["curves"]["success"] == line["curves"]["success"][:1] * 4 and line["after"] == line["before"]  # it never moved
+
+
 def test_the_study_reports_what_its_results_say(tmp_path, monkeypatch, capsys):
     replicate = experiment("replicate")
     monkeypatch.setattr(replicate, "RESULTS", tmp_path)
