@@ -2091,6 +2091,20 @@ def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path):
         assert len(json.loads((tmp_path / f"mechanism-{when}.json").read_text())["states"]["advantage"]) == 9
 
 
+def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch, capsys):
+    replicate, results = experiment("replicate"), Path(__file__).parent / "experiments" / "results"
+    shutil.copytree(results, tmp_path / "results")
+    monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results")
+    replicate.report(None)
+    printed = capsys.readouterr().out
+    assert printed == (results / "report.md").read_text()
+    readme = (Path(__file__).parent / "README.md").read_text()
+    section = readme[readme.index("## What we see") : readme.index("## Coding tasks")]
+    rows = [line for line in section.splitlines() if " ± " in line and line.startswith("| ")]
+    assert len(rows) >= 5 and all(row in printed for row in rows)
+    assert all(name in section for name in ("dynamics.png", "drift.png"))
+
+
 class Alike(Echo):
     """No rewards: no group ever varies."""
 

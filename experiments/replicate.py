@@ -2,7 +2,7 @@
 
     python experiments/replicate.py            # all of it, hours on 2 cores; can be stopped and started again at any time
     python experiments/replicate.py --quick    # two arms, two seeds, in minutes
-    python experiments/replicate.py --report   # every table and figure, from experiments/results alone
+    python experiments/replicate.py --report > experiments/results/report.md   # all tables, and the figures there
 
 Each finished run is one line of experiments/results/runs.jsonl and is never run again. The learning rate of every arm of the
 main table is chosen on seeds of its own (TUNING), and the map of regimes has its own (MAPPED); what is reported runs on SEEDS,
@@ -107,7 +107,6 @@ def run_all(wanted, workers, bar):
         cfg.check()
         aem.warm_start(aem.make_environments(cfg)[0], cfg)  # once, before several processes want it
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: their bars
-    RESULTS.mkdir(exist_ok=True)
     bar.update(len(wanted) - len(missing))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, *pair) for pair in missing.values()]):
@@ -198,10 +197,10 @@ def paired(a, b):
 
 
 def table(title, head, rows):
-    """Print a table of Markdown; rows: {name: cells}."""
-    print(f"\n**{title}**\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    """Print a table of Markdown, of what is not empty; rows: {name: cells}."""
+    text = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items() if any(cells)]
+    if text:
+        print(f"\n**{title}**\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}", *text, sep="\n")
 
 
 def contrasts(known, title, pairs, a="without", b="with"):
@@ -241,7 +240,7 @@ def dynamics(known, file, arms):
     runs = {label: lines(known, flags, SEEDS) for label, flags in arms.items()}
     if min(map(len, runs.values())) < 2:
         return
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     drawn = ((left, "success", "-"), (left, "negative", "--"), (right, "response_entropy", "-"))
     for (i, (label, found)), (axis, name, dashes) in itertools.product(enumerate(runs.items()), drawn):
@@ -255,7 +254,7 @@ def dynamics(known, file, arms):
     right.set(title="Response entropy", ylabel="response entropy (nats)", ylim=(0, None))
     for axis in (left, right):
         axis.set_xlabel("training step; band: 95 % interval of the mean")
-        axis.legend(fontsize=8, loc="center right" if axis is left else "upper right")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2 if axis is left else 1)
     figure.savefig(RESULTS / f"{file}.png", dpi=120)
 
 
@@ -272,8 +271,8 @@ def regime_map(known):
                 grid[y][x] = fmean(gains)
                 text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(gains):.1f}"
                 axis.text(x, y, text, ha="center", va="center", fontsize=9)
-    colours = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
-    figure.colorbar(colours, label="area under the curve: with AEM - without (points)")
+    cells = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
+    figure.colorbar(cells, label="area under the curve: with AEM - without (points)")
     axis.set(xticks=range(len(RATES)), xticklabels=RATES, yticks=range(len(REGIMES)), yticklabels=REGIMES, xlabel="learning rate")
     axis.set_title(f"GRPO → GRPO + AEM: held-out success at the end (%), difference in area; {len(MAPPED)} seeds", fontsize=10)
     figure.savefig(RESULTS / "regimes.png", dpi=120)
@@ -285,7 +284,8 @@ def report(_):
     tables(known)
     if set(PAIR) <= set(arms):
         dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
-        dynamics(known, "drift", {name: flags for name, flags in arms.items() if flags["lr"] == 1e-4})
+        small = {name.removeprefix("lr 1e-4, "): flags for name, flags in arms.items() if flags["lr"] == 1e-4}
+        dynamics(known, "drift", small)
     regime_map(known)
     if (RESULTS / "mechanism-end.json").exists():
         diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
