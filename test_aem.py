@@ -1877,7 +1877,7 @@ def test_two_processes_equal_one(runs, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
     ended = subprocess.run(
         [*command, str(tmp_path), str(folder / "cache")], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(Path(aem.__file__).parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(aem.__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     learned = []
