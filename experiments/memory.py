@@ -7,26 +7,31 @@ Weights, gradients and AdamW's state are counted exactly; activations, logits an
 checkpointing. A tenth of each GPU is left to the rest.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch
 import transformers
 
-ROWS, LENGTH, MICRO_BATCH, CHUNK = 128, 4096, 8192, 2**26  # CHUNK: aem.LOGITS_AT_ONCE
+import aem
+import bench
+
+DEFAULT = aem.Config()
+ROWS, LENGTH, MICRO_BATCH = DEFAULT.groups * DEFAULT.group_size, DEFAULT.max_length, DEFAULT.micro_batch_tokens
 GPUS, COUNTS = {"24 GB": 24e9, "80 GB": 80e9, "141 GB": 141e9}, (1, 2, 4, 8, 16, 32)
-SHAPES = {  # Qwen2.5's: hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied head
-    "1.5 B": (1536, 8960, 28, 12, 2, 151936, True),
-    "7 B": (3584, 18944, 28, 28, 4, 152064, False),
-    "32 B": (5120, 27648, 64, 40, 8, 152064, False),
-}
+QWEN_32B = bench.QWEN_7B | dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40)
+QWEN_32B |= dict(num_key_value_heads=8)
+SHAPES = {"1.5 B": bench.QWEN_1_5B, "7 B": bench.QWEN_7B, "32 B": QWEN_32B}
 
 
 def sizes(shape):
     """(parameters, those of a layer, those of embedding and head, config), counted on a model without storage."""
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
-    config = transformers.Qwen2Config(**dict(zip(names, shape)), tie_word_embeddings=shape[-1])
     with torch.device("meta"):
-        model = transformers.Qwen2ForCausalLM(config)
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    return model.num_parameters(), layer, config.vocab_size * config.hidden_size * (1 if shape[-1] else 2), config
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
+    layer, config = sum(p.numel() for p in model.model.layers[0].parameters()), model.config
+    outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return model.num_parameters(), layer, outer, config
 
 
 def peak(shape, gpus, adapters=False):
@@ -34,7 +39,7 @@ def peak(shape, gpus, adapters=False):
     weights, layer, outer, c = sizes(shape)
     cache = 1.5 * ROWS / gpus * LENGTH * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads * 4
     saved = MICRO_BATCH * 2 * (c.num_hidden_layers * c.hidden_size + 3 * c.intermediate_size + 8 * c.hidden_size)
-    update = saved + 3 * 4 * CHUNK  # activations, logits with their gradients
+    update = saved + 3 * 4 * aem.LOGITS_AT_ONCE  # activations, logits with their gradients
     if adapters:  # bf16 weights that stay as they are
         return 2 * weights + max(cache / 4, update)
     if gpus == 1:  # fp32 weights, AdamW's two moments; bf16 copies of the weights by autocast; gradients in the update

@@ -31,14 +31,13 @@ from tqdm import tqdm
 import aem
 import diagnose
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, DEFAULTS = Path(__file__).parent / "results", vars(aem.Config())
 SEEDS, TUNING, MAPPED = tuple(range(1, 9)), (101, 102), (101, 102, 103)
 COMMON = dict(steps=60, eval_every=60, eval_tasks=512)
 QUICK = dict(steps=20, eval_every=20, eval_tasks=256)
 T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t, 97.5 %, by degrees of freedom
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-WORLDS = ("household", "code")
-ESTIMATORS = ("grpo", "dapo", "gspo", "grpo++", "gigpo")
+WORLDS, ESTIMATORS = ("household", "code"), ("grpo", "dapo", "gspo", "grpo++", "gigpo")
 ARMS = {e + " + AEM" * with_aem: dict(estimator=e, aem=with_aem) for e in ESTIMATORS for with_aem in (False, True)}
 PAIR = ("grpo", "grpo + AEM")
 VARIANTS = {  # of GRPO + AEM
@@ -62,6 +61,7 @@ REGIMES = {  # rows of the map: what differs from the main setting in household
     "start 5 %": dict(warm_steps=175),
     "4 epochs a batch": dict(epochs=4),
     "8 turns": dict(max_turns=8),
+    "120 steps": dict(steps=120, eval_every=120),
 }
 KEPT = ("success", "reward", "response_entropy", "negative", "turns", "alpha_min", "alpha_max", "grad_norm", "clip_fraction")
 
@@ -76,8 +76,7 @@ def finished():
 
 def key(flags, seed):
     """What makes a run: its flags, but for defaults, in a fixed order, and its seed."""
-    defaults = vars(aem.Config())
-    return json.dumps([sorted((k, v) for k, v in flags.items() if v != defaults[k]), seed])
+    return json.dumps([sorted((k, v) for k, v in flags.items() if v != DEFAULTS[k]), seed])
 
 
 def run(flags, seed):
@@ -105,7 +104,7 @@ def run_all(wanted, workers, bar):
     for flags, _ in missing.values():
         cfg = aem.Config(**flags)
         cfg.check()
-        aem.warm_start(aem.make_environments(cfg)[0], cfg)  # once, before several processes want it
+        aem.warm_start(aem.make_environments(cfg, 1)[0], cfg)  # once, before several processes want it
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: their bars
     bar.update(len(wanted) - len(missing))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -280,8 +279,9 @@ def regime_map(known):
 
 def report(_):
     """Print every table, draw every figure."""
-    known, arms = finished(), reported(finished(), "household")
+    known = finished()
     tables(known)
+    arms = reported(known, "household")
     if set(PAIR) <= set(arms):
         dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
         small = {name.removeprefix("lr 1e-4, "): flags for name, flags in arms.items() if flags["lr"] == 1e-4}
