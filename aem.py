@@ -223,6 +223,7 @@ ESTIMATORS = {  # how each differs from GRPO; flags override it. None has an ent
     "gigpo": GRPO | dict(loss_mean="token", step_weight=1.0),
 }
 
+
 def group_advantages(rewards, group, advantage="standardised"):
     """Advantage of each reward against the others of its group; where they are all equal, exactly 0.
 

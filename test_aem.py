@@ -2102,7 +2102,7 @@ def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch
     section = readme[readme.index("## What we see") : readme.index("## Coding tasks")]
     rows = [line for line in section.splitlines() if " ± " in line and line.startswith("| ")]
     assert len(rows) >= 5 and all(row in printed for row in rows)
-    assert all(name in section for name in ("dynamics.png", "drift.png"))
+    assert all(name in section for name in ("dynamics.png", "drift.png", "mechanism.png"))
 
 
 class Alike(Echo):
@@ -2148,6 +2148,9 @@ def test_the_study_reports_what_its_results_say(tmp_path, monkeypatch, capsys):
     # Differences +3 and -1 in turn: mean 1, standard error sqrt(32 / 7 / 8); the sum is 8 or more in 72 of 256 choices of signs.
     assert "| reversed | 0.0008, 0.0008 | 8 | 56.5 ± 2.0 | 57.5 ± " in printed and "+1.0 ± 1.8, p = 0.28" in printed
     assert "| grpo + AEM | 42.0 | 42.0 | 52.0 | 42.0 |" not in printed and "| grpo + AEM | 32.0 | 42.0 | 52.0 | 42.0 |" in printed
+    # Tuning: AEM's 2 points in each of four rates x two seeds; the curve's mean is 5/6 of its end.
+    assert "equal learning rates, all 4 rates, tuning seeds**" in printed
+    assert "| gspo | +2.0 ± 0.0, p = 0.01 | +1.7 ± 0.0, p = 0.01 |" in printed
     assert "| gspo | 54.5 | 21.8 |" in printed
     for name in ("dynamics", "drift", "regimes"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

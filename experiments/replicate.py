@@ -4,9 +4,9 @@
     python experiments/replicate.py --quick    # two arms, two seeds, in minutes
     python experiments/replicate.py --report > experiments/results/report.md   # all tables, and the figures there
 
-Each finished run is one line of experiments/results/runs.jsonl and is never run again. The learning rate of every arm of the
-main table is chosen on seeds of its own (TUNING), and the map of regimes has its own (MAPPED); what is reported runs on SEEDS,
-paired by seed. All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
+Each finished run is one line of experiments/results/runs.jsonl, never run again. The learning rate of each arm of the main table
+is chosen on seeds of its own (TUNING), the map of regimes has its own (MAPPED); what is reported runs on SEEDS, paired by seed.
+All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
 """
 
 import argparse
@@ -70,8 +70,7 @@ KEPT = ("success", "reward", "response_entropy", "negative", "turns", "alpha_min
 def finished():
     """All results: {key: line}."""
     file = RESULTS / "runs.jsonl"
-    lines = [json.loads(line) for line in open(file)] if file.exists() else []
-    return {key(line["flags"], line["seed"]): line for line in lines}
+    return {key(run["flags"], run["seed"]): run for run in map(json.loads, open(file) if file.exists() else ())}
 
 
 def key(flags, seed):
@@ -221,6 +220,10 @@ def tables(known):
         rates = {arm: tuned(known, world, arm) for arm in ARMS}
         rows = {arm: [f"{100 * ends[lr]:.1f}" if lr in ends else "" for lr in RATES] for arm, ends in rates.items()}
         table(f"{world}: success at the end by learning rate, tuning seeds, %", [f"{lr:g}" for lr in RATES], rows)
+        tried = {arm: [x for lr in RATES for x in lines(known, setting(world, arm, lr=lr), TUNING)] for arm in ARMS}
+        full = [e for e in ESTIMATORS if len(tried[e]) == len(tried[e + " + AEM"]) == len(RATES) * len(TUNING)]
+        rows = {e: [paired(map(m, tried[e]), map(m, tried[e + " + AEM"])) for m in (success, area)] for e in full}
+        table(f"{world}: with AEM - without at equal learning rates, all 4 rates, tuning seeds", ["end", "area"], rows)
         arms = reported(known, world)
         pairs = {e: (arms[e], arms[e + " + AEM"]) for e in ESTIMATORS if {e, e + " + AEM"} <= set(arms)}
         contrasts(known, f"{world}: without AEM, with AEM", pairs)
@@ -248,12 +251,11 @@ def dynamics(known, file, arms):
         text = {"success": "success", "negative": "responses with A < 0"}.get(name, f"mean of {len(found)} seeds")
         axis.plot(mean, dashes, color=f"C{i}", label=f"{label}: {text}")
         low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+        axis.set_xlabel("training step; band: 95 % interval of the mean")
         axis.fill_between(range(len(mean)), low, high, alpha=0.15, color=f"C{i}")
     left.set(title="Success, and responses of negative advantage", ylabel="share of trajectories, of responses", ylim=(0, 1))
     right.set(title="Response entropy", ylabel="response entropy (nats)", ylim=(0, None))
-    for axis in (left, right):
-        axis.set_xlabel("training step; band: 95 % interval of the mean")
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2 if axis is left else 1)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(RESULTS / f"{file}.png", dpi=120)
 
 
@@ -261,17 +263,16 @@ def regime_map(known):
     """GRPO + AEM against GRPO: rows REGIMES, columns RATES."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis, grid = figure.subplots(), [[math.nan] * len(RATES) for _ in REGIMES]
-    for y, more in enumerate(REGIMES.values()):
-        for x, lr in enumerate(RATES):
-            plain, ours = (lines(known, setting("household", a, lr=lr, **more), MAPPED) for a in PAIR)
-            if len(plain) == len(ours) == len(MAPPED):
-                ends = [100 * fmean(map(success, found)) for found in (plain, ours)]
-                gains = [100 * (area(b) - area(a)) for a, b in zip(plain, ours)]
-                grid[y][x] = fmean(gains)
-                text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(gains):.1f}"
-                axis.text(x, y, text, ha="center", va="center", fontsize=9)
-    cells = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
-    figure.colorbar(cells, label="area under the curve: with AEM - without (points)")
+    for (y, more), (x, lr) in itertools.product(enumerate(REGIMES.values()), enumerate(RATES)):
+        plain, ours = (lines(known, setting("household", a, lr=lr, **more), MAPPED) for a in PAIR)
+        if len(plain) == len(ours) == len(MAPPED):
+            ends = [100 * fmean(map(success, found)) for found in (plain, ours)]
+            gains = [100 * (area(b) - area(a)) for a, b in zip(plain, ours)]
+            grid[y][x] = fmean(gains)
+            text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(gains):.1f}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=9)
+    image = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
+    figure.colorbar(image, label="area under the curve: with AEM - without (points)")
     axis.set(xticks=range(len(RATES)), xticklabels=RATES, yticks=range(len(REGIMES)), yticklabels=REGIMES, xlabel="learning rate")
     axis.set_title(f"GRPO → GRPO + AEM: held-out success at the end (%), difference in area; {len(MAPPED)} seeds", fontsize=10)
     figure.savefig(RESULTS / "regimes.png", dpi=120)
@@ -284,8 +285,7 @@ def report(_):
     arms = reported(known, "household")
     if set(PAIR) <= set(arms):
         dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
-        small = {name.removeprefix("lr 1e-4, "): flags for name, flags in arms.items() if flags["lr"] == 1e-4}
-        dynamics(known, "drift", small)
+        dynamics(known, "drift", {n.removeprefix("lr 1e-4, "): flags for n, flags in arms.items() if flags["lr"] == 1e-4})
     regime_map(known)
     if (RESULTS / "mechanism-end.json").exists():
         diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
