@@ -657,25 +657,6 @@ def sample_batch(policy, environments, cfg, step):
     raise UsageError(f"at step {step} {found}, --groups {cfg.groups} are needed: raise --max_resample, or use 0 to train on all")
 
 
-@torch.no_grad()
-def relative_surprisal(policy, states, samples, cfg, seed=0):
-    """How much more surprising each response was than a typical one at its state: S - H_resp, by Monte Carlo.
-
-    H_resp is estimated from fresh continuations, by their summed token entropies (chain rule; less variance than surprisals).
-    Args: states, n pairs (trajectory, response) that `policy` sampled. Returns: (S - H_resp, H_resp), two (n,), in nats.
-    """
-    policy.model.eval()
-    surprisal, entropy = [], []
-    for i, (t, r) in enumerate(states):
-        rngs, cache = [random.Random(f"{seed}/{i}/{k}") for k in range(samples)], SlotCache()
-        fresh = [Trajectory(i, None, rng, t.ids[: r.start], [Response(r.start)], waits=False) for rng in rngs]
-        while not all(f.waits for f in fresh):
-            sample_tokens(policy, cache, range(samples), fresh, cfg)
-        surprisal.append(-sum(r.logp))
-        entropy.append(fmean(sum(f.responses[0].entropy) for f in fresh))
-    return torch.tensor(surprisal) - torch.tensor(entropy), torch.tensor(entropy)
-
-
 # ---------------------------------------------------------------- 4. update: advantages, then clipped policy gradient
 def assign_credit(trajectories, cfg):
     """Set every response's base advantage A: its trajectory's, plus w times its step's where GiGPO asks for it."""

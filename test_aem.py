@@ -419,6 +419,7 @@ def test_response_entropy_is_the_expected_sum_of_token_entropies():
 
 
 def test_relative_surprisal_equals_the_exact_one(tiny, played):
+    relative_surprisal = experiment("diagnose").relative_surprisal
     size = len(tiny.tokenizer)
     policy = aem.Policy(Bigram(size), tiny.tokenizer)
     policy.model.table.weight.data *= torch.rand(size, 1, generator=torch.Generator().manual_seed(0)) * 8  # sure in some states
@@ -432,11 +433,11 @@ def test_relative_surprisal_equals_the_exact_one(tiny, played):
     assert max(token_entropy[last]) > 2 * min(token_entropy[last])
     for limit, tolerance in ((1, 1e-5), (2, 0.1), (3, 0.1)):  # of one token, H_resp is its entropy, without noise
         exact, cfg = token_entropy + goes_on @ exact, config(max_response_tokens=limit)
-        relative, h_resp = aem.relative_surprisal(policy, states, 300, cfg)
+        relative, h_resp = relative_surprisal(policy, states, 300, cfg)
         assert h_resp.tolist() == pytest.approx(exact[last].tolist(), rel=tolerance)
         assert relative.tolist() == pytest.approx([-sum(r.logp) - h for (_, r), h in zip(states, h_resp.tolist())], abs=1e-5)
-    assert torch.equal(relative, aem.relative_surprisal(policy, states, 300, cfg)[0])  # the same seed, the same answer
-    assert not torch.equal(relative, aem.relative_surprisal(policy, states, 300, cfg, seed=1)[0])
+    assert torch.equal(relative, relative_surprisal(policy, states, 300, cfg)[0])  # the same seed, the same answer
+    assert not torch.equal(relative, relative_surprisal(policy, states, 300, cfg, seed=1)[0])
 
 
 # ---------------------------------------------------------------- rollout

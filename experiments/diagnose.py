@@ -18,6 +18,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -38,12 +39,31 @@ def load(run, start):
     return cfg, aem.load_policy(cfg, source), environments
 
 
+@torch.no_grad()
+def relative_surprisal(policy, states, samples, cfg, seed=0):
+    """How much more surprising each response was than a typical one at its state: S - H_resp, by Monte Carlo.
+
+    H_resp is estimated from fresh continuations, by their summed token entropies (chain rule; less variance than surprisals).
+    Args: states, n pairs (trajectory, response) that `policy` sampled. Returns: (S - H_resp, H_resp), two (n,), in nats.
+    """
+    policy.model.eval()
+    surprisal, entropy = [], []
+    for i, (t, r) in enumerate(states):
+        rngs, cache = [random.Random(f"{seed}/{i}/{k}") for k in range(samples)], aem.SlotCache()
+        fresh = [aem.Trajectory(i, None, rng, t.ids[: r.start], [aem.Response(r.start)], waits=False) for rng in rngs]
+        while not all(f.waits for f in fresh):
+            aem.sample_tokens(policy, cache, range(samples), fresh, cfg)
+        surprisal.append(-sum(r.logp))
+        entropy.append(fmean(sum(f.responses[0].entropy) for f in fresh))
+    return torch.tensor(surprisal) - torch.tensor(entropy), torch.tensor(entropy)
+
+
 def entropy_change(policy, trajectories, states, before, samples, cfg, seed):
     """Change of H_resp at each state (n,) by one update of a copy of the policy, with the same random numbers as before it."""
     moved = aem.Policy(copy.deepcopy(policy.model), policy.tokenizer, cfg.temperature)
     optimizer = torch.optim.AdamW(moved.model.parameters(), lr=cfg.lr, weight_decay=0.0)
     aem.update(moved, optimizer, trajectories, cfg, 0)
-    return aem.relative_surprisal(moved, states, samples, cfg, seed)[1] - before
+    return relative_surprisal(moved, states, samples, cfg, seed)[1] - before
 
 
 def diagnose_batch(policy, environments, cfg, number, states, samples):
@@ -58,7 +78,7 @@ def diagnose_batch(policy, environments, cfg, number, states, samples):
     usable = [i for i, (t, _) in enumerate(pairs) if not t.masked]
     chosen = random.Random(f"{cfg.seed}/states/{number}").sample(usable, min(states, len(usable)))
     chosen_pairs = [pairs[i] for i in chosen]
-    relative, entropy = aem.relative_surprisal(policy, chosen_pairs, samples, cfg, number)
+    relative, entropy = relative_surprisal(policy, chosen_pairs, samples, cfg, number)
     alpha, advantage = torch.tensor([r.alpha for _, r in chosen_pairs]), torch.tensor([base[i] for i in chosen])
     with_aem = entropy_change(policy, trajectories, chosen_pairs, entropy, samples, cfg, number)
     for (_, r), a in zip(pairs, base):
