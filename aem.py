@@ -14,7 +14,6 @@ Shapes: N trajectories, R responses, n sampled tokens, B rows, T positions, D hi
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.util
@@ -271,12 +270,13 @@ class Policy:
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
         self.chunk = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().out_features)  # positions for the head at once
         self.reference = None  # for a KL term: the starting policy, frozen
+        self.adds_mask = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa") == "eager"
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.frame, self.end = chat_frame(tokenizer)
         self.ends = {self.end, tokenizer.eos_token_id}
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.plain = functools.partial(re.compile("|".join(special) or "(?!)").sub, " ")  # text that can't open or end a turn
-        self.encode = functools.lru_cache(65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        self.encode = functools.lru_cache(4096)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         for module in model.modules():  # sampling and training must see the same distribution: no dropout
             for name in {"p", "attention_dropout"} & vars(module).keys():
                 setattr(module, name, 0.0)
@@ -381,6 +381,26 @@ def add_adapter(model, cfg):
         weight.requires_grad_("lora_" in name).data = weight.data.float() if "lora_" in name else weight.data
 
 
+@torch.no_grad()
+def check_forward(policy, max_length):
+    """Raises ValueError for a model that this file can't drive: its logits, by our cache, are not what it says itself."""
+    config, cache = policy.model.get_decoder().config, SlotCache()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < max_length and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        raise ValueError(f"some of its layers see only the last {window} tokens: --max_length can be {window} at most")
+    rows, gap = [Trajectory(0, None, None, list(range(n))) for n in (8, 5)], 0.0
+    try:
+        for _ in range(2):  # prompts of different lengths, then a token each
+            for t, ours in zip(rows, next_logits(policy, cache, [0, 1], rows)):
+                whole = policy.model(torch.tensor([t.ids]), use_cache=False).logits[0, -1].float() / policy.temperature
+                gap = max(gap, (ours.softmax(-1) - whole.softmax(-1)).abs().sum().item())
+                t.ids.append(1)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"it is no plain decoder with a key-value cache ({type(error).__name__}: {error})") from None
+    if not gap < 0.05:  # bfloat16's rounding is less
+        raise ValueError(f"its probabilities are not those of decoder and head alone (they differ by {gap:.2f})")
+
+
 def load_policy(cfg, path):
     """Load a policy from a hub id, a folder, or an earlier run's folder. Raises UsageError if that can't be done."""
     folder = Path(path) / "checkpoint" if (Path(path) / "checkpoint").is_dir() else path
@@ -391,8 +411,9 @@ def load_policy(cfg, path):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         if cfg.lora_rank or getattr(model, "_hf_peft_config_loaded", False):
             add_adapter(model, cfg)
+        check_forward(Policy(model, tokenizer, cfg.temperature), cfg.max_length)
         model.to(cfg.device) if rank_and_world()[1] == 1 else shard(model, cfg)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, IndexError, jinja2.TemplateError) as error:
         raise UsageError(f"cannot use --model {path} on --device {cfg.device}: {' '.join(str(error).split())[:200]}") from None
     if cfg.gradient_checkpointing or cfg.gradient_checkpointing is None and cfg.device != "cpu":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -492,6 +513,8 @@ def next_logits(policy, cache, rows, trajectories):
     ids, rows = torch.tensor(ids, device=policy.device), torch.tensor(rows, device=policy.device)  # (B, T) padded right, (B,)
     slots = torch.tensor(starts, device=policy.device).unsqueeze(-1) + torch.arange(ids.shape[1], device=policy.device)  # (B, T)
     mask = cache.prepare(rows, slots, max(starts) + ids.shape[1])
+    if policy.adds_mask:  # subtle: eager attention adds it to the scores; True and False would be 1 and 0
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)
@@ -536,6 +559,8 @@ def act(policy, t, answer, cfg):
         system = getattr(t.env, "instructions", "") if cfg.system is None else cfg.system
         system += FORMAT.format(tag=cfg.action_tag) if cfg.action_tag else ""
         t.ids, t.task_type = policy.opening(system, t.prompt), info.get("task_type", "")
+        if len(t.ids) + cfg.max_response_tokens > cfg.max_length:
+            raise ValueError(f"a prompt of {len(t.ids)} tokens leaves no room for a response: raise --max_length")
         return
     response = t.responses[-1]
     response.observation, reward, terminated, truncated, info = answer()
@@ -629,10 +654,14 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
         if t.env is None:
             environments[i] = make_environments(cfg, 1)[0]
         t.env = t.rng = None  # what other processes need not get
-    trajectories = [t for part in gathered(trajectories) for t in part]
+    return [t for part in gathered(trajectories) for t in part]
+
+
+def check_crashes(trajectories, cfg):
+    """Raises UsageError if the environment crashed in more than half of the trajectories."""
     if 2 * len(crashes := [t.error for t in trajectories if t.error]) > len(trajectories):
-        raise UsageError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories:\n{crashes[0]}")
-    return trajectories
+        thread = "; a world that must stay in one thread needs --env_timeout 0" * bool(cfg.env_timeout)
+        raise UsageError(f"--env {cfg.env} crashed in {len(crashes)} of {len(trajectories)} trajectories{thread}:\n{crashes[0]}")
 
 
 def sample_batch(policy, environments, cfg, step):
@@ -650,6 +679,7 @@ def sample_batch(policy, environments, cfg, step):
             t.penalty = max(0.0, length - 1 + cfg.overlong) / cfg.overlong if cfg.overlong else 0.0  # linear, at most 1
             rewards[t.group].add(t.reward - t.penalty)
         sampled += drawn
+        check_crashes(sampled, cfg)
         kept += [t for t in drawn if len(rewards[t.group]) > 1 or not cfg.max_resample or step == 0]
         if len(kept) == cfg.groups * cfg.group_size:
             return kept, sampled
@@ -841,6 +871,7 @@ def evaluate(policy, environments, cfg):
     batch = cfg.groups * cfg.group_size
     for first in range(0, len(seeds), batch):
         played += rollout(policy, environments, seeds[first : first + batch], 1, cfg, f"eval/{first}")
+    check_crashes(played, cfg)
     kinds = sorted({t.task_type for t in played if t.task_type})
     by_type = {kind: fmean(t.success for t in played if t.task_type == kind) for kind in kinds}
     success = fmean(t.success for t in played)
@@ -882,9 +913,10 @@ def plot_curves(run):
 
 def report(run, rows, seconds):
     """Print success on held-out tasks, before and after, with the 95 % interval (Wilson's) of the last evaluation."""
+    rows = [row for row in rows if "eval_success" in row]
     before, after = ({"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1]))
     print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
-    print(*(f"{kind:<20}{before[kind]:>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
+    print(*(f"{kind:<20}{before.get(kind, math.nan):>8.1%}{after[kind]:>8.1%}" for kind in after), sep="\n")
     n, p, z = rows[-1]["eval_tasks"], after["all"], 1.96
     middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
@@ -894,13 +926,15 @@ def report(run, rows, seconds):
 
 # ---------------------------------------------------------------- 6. a run that survives: folder, checkpoints, signals
 LOGS = "metrics.jsonl", "trajectories.txt"
-MAY_CHANGE = "steps eval_every eval_tasks save_every keep resume out name cache_dir track env_timeout micro_batch_tokens".split()
+MAY_CHANGE = "steps eval_every eval_tasks save_every keep resume out name cache_dir track".split()
+MAY_CHANGE += "env_timeout micro_batch_tokens max_resample".split()
 
 
 def open_run(cfg):
     """The run's folder: a new one, or the one to resume. Raises UsageError if it can't be made."""
     name = f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' * cfg.aem}-seed{cfg.seed}"
-    begun = sorted(Path(cfg.out).glob(cfg.name or f"{name}-*"), key=lambda folder: folder.stat().st_mtime)
+    found = [Path(cfg.out) / cfg.name] if cfg.name else Path(cfg.out).glob(f"{name}-*")
+    begun = sorted(filter(Path.is_dir, found), key=lambda folder: (bool(checkpoints(folder)), folder.stat().st_mtime))
     if cfg.resume and begun:
         return begun[-1]
     numbered = (Path(cfg.out) / f"{name}-{i}" for i in range(1, 10**6))
@@ -915,7 +949,7 @@ def open_run(cfg):
 def save_checkpoint(run, policy, optimizer, step, keep):
     """All that later steps depend on (random numbers hang on seed and step alone): complete, or not there at all."""
     new = run / "checkpoints" / f"step-{step:06}"
-    partial = new.with_suffix(".partial")
+    partial, untouched = new.with_suffix(".partial"), not optimizer.state
     state = dict(zip(("model", "optimizer"), get_state_dict(policy.model, optimizer)))
     main = rank_and_world()[0] == 0
     if main:
@@ -923,10 +957,12 @@ def save_checkpoint(run, policy, optimizer, step, keep):
     dcp.save(state, checkpoint_id=partial)  # the others write when the first process has told them what
     if main:
         sizes = {name: (run / name).stat().st_size for name in LOGS}
-        (partial / "run.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        (partial / "run.json").write_text(json.dumps({"step": step, "sizes": sizes, "untouched": untouched}))
         partial.rename(new)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
+    if untouched:  # subtle: get_state_dict has made a state, as after a first update
+        optimizer.state.clear()
 
 
 def checkpoints(run):
@@ -950,6 +986,8 @@ def load_checkpoint(run, policy, optimizer):
         state = dict(zip(("model", "optimizer"), get_state_dict(policy.model, optimizer)))
         dcp.load(state, checkpoint_id=found[-1])
         set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if saved.get("untouched"):
+            optimizer.state.clear()
     for file in (run / name for name in LOGS if (run / name).exists()):
         os.truncate(file, saved["sizes"].get(file.name, 0))
     return saved["step"] + 1
@@ -995,11 +1033,11 @@ def record(run, row, trajectories):
     """Append a step to the run's files."""
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-    with open(run / "trajectories.txt", "a") as file:
+    with open(run / "trajectories.txt", "a", errors="backslashreplace") as file:
         file.write(readable(trajectories, row["step"]) if "eval_success" in row else "")
     crashes = [t.error for t in trajectories if t.error]
     if crashes and not (run / "env_error.txt").exists():
-        (run / "env_error.txt").write_text(crashes[0])
+        (run / "env_error.txt").write_text(crashes[0], errors="backslashreplace")
 
 
 def set_up(cfg):
@@ -1044,12 +1082,13 @@ def train(cfg):
         for step in range(first, cfg.steps + 1):
             try:
                 trajectories, row = train_step(policy, optimizer, environments, cfg, step) if cfg.steps else ([], {"step": 0})
+                if step % cfg.eval_every == 0 or step == cfg.steps:
+                    evaluated, more = evaluate(policy, environments, cfg)
+                    trajectories, row = trajectories or evaluated, row | more
             except UsageError:  # too few groups that vary, too many crashes: what was learned stays
-                export(run, policy)
+                if cfg.steps:
+                    export(run, policy)
                 raise
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                evaluated, more = evaluate(policy, environments, cfg)
-                trajectories, row = trajectories or evaluated, row | more
             if rank == 0:
                 record(run, row, trajectories)
                 track(row)

@@ -367,7 +367,7 @@ class Sandbox:
         with contextlib.suppress(ValueError, RecursionError):  # if anything is no reply, or too much, nothing is believed
             *lines, tail = text[6:].split("\n", len(args))
             replies = [] if tail else [json.loads(line) for line in lines]
-        replies = replies if all(type(reply) is dict for reply in replies) else []
+        replies = replies if all(type(reply) is dict and "ended" not in reply for reply in replies) else []  # that is ours to say
         return replies + [rest] * (len(args) - len(replies))
 
     def grade(self, code, entry, tests):
@@ -472,9 +472,9 @@ class Code(TextEnv):
         if not re.search(rf"\b(def|class|as)\s+{self.entry}\b|\b{self.entry}\b.*=", program):
             return f"There is no program that defines {self.entry}.", True, False, False
         verdict = self.sandbox.grade(program, self.entry, self.public)
-        if verdict.status != "passed":
+        if not all(verdict.passed):
             return verdict.feedback, False, False, False
-        return "The tests pass.", False, self.sandbox.grade(program, self.entry, self.hidden).status == "passed", True
+        return "The tests pass.", False, all(self.sandbox.grade(program, self.entry, self.hidden).passed), True
 
     def demonstration(self, seed, noise=0.0):
         """Attempts at an embedded task, each step of each wrong with chance `noise`, in kind, in number or in order."""

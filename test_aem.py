@@ -3,6 +3,7 @@
     pytest -q          # offline, on a CPU, about four minutes
 """
 
+import contextlib
 import copy
 import doctest
 import functools
@@ -450,6 +451,7 @@ def random_model(family, vocabulary, end):
         "qwen2": lambda: transformers.Qwen2Config(**shape),
         "qwen3": lambda: transformers.Qwen3Config(head_dim=8, **shape),
         "llama": lambda: transformers.LlamaConfig(**shape),
+        "qwen2, eager attention": lambda: transformers.Qwen2Config(**shape, attn_implementation="eager"),
     }[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -457,7 +459,7 @@ def random_model(family, vocabulary, end):
     return model
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen2, eager attention"])
 def test_cached_rollout_equals_a_full_forward(family, tiny):
     policy = aem.Policy(random_model(family, len(tiny.tokenizer), tiny.end), tiny.tokenizer, temperature=0.7)
     cfg = config(max_turns=6, max_response_tokens=7)
@@ -474,6 +476,26 @@ def test_cached_rollout_equals_a_full_forward(family, tiny):
     policy.model.train()  # the update's path: padded, in training mode, where dropout would show
     old = torch.tensor([x for t in trajectories for r in t.responses for x in r.logp])
     assert torch.allclose(aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories)), old, atol=1e-4)
+
+
+def test_a_model_that_a_cached_rollout_would_get_wrong_is_refused(tiny, tmp_path):
+    shape = dict(vocab_size=len(tiny.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, initializer_range=0.5, tie_word_embeddings=True)
+    made = {
+        "fine": (transformers.GraniteConfig(**shape), None),
+        "scaled": (transformers.GraniteConfig(**shape, logits_scaling=8.0), "its probabilities"),
+        "short": (transformers.MistralConfig(**shape, sliding_window=64), "only the last 64 tokens"),
+        "long": (transformers.MistralConfig(**shape, sliding_window=4096), None),
+        "mixed": (transformers.Gemma3TextConfig(**shape, head_dim=8, sliding_window=64), "only the last 64 tokens"),
+        "softly capped": (transformers.Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5), "its probabilities"),
+        "hybrid": (transformers.Lfm2Config(**shape, layer_types=["conv", "full_attention"]), "no plain decoder"),
+    }
+    for name, (settings, message) in made.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / name)
+        tiny.tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(aem.UsageError, match=message) if message else contextlib.nullcontext():
+            aem.load_policy(config(), str(tmp_path / name))
 
 
 def test_a_trajectory_does_not_depend_on_its_batch(tiny):
@@ -696,7 +718,7 @@ class Broken(Echo):
     """Answers as its task says: well, or with rubbish of one kind; or it sleeps. A number in front of `reset`'s seeds."""
 
     rubbish = [None, 3.5, ("No.",), (None, 0.0, False, False, {}), ("No.", "much", False, False, {})]
-    rubbish += [("No.", 0.0, False, False, None)]
+    rubbish += [("No.", 0.0, False, False, None), ("\ud800", 0.0, False, False, {})]
     rubbish += [("No.", math.nan, False, False, {}), ("No.", math.inf, True, False, {}), (b"No.", 0.0, False, False, {})]
 
     def reset(self, *, seed=None):
@@ -709,11 +731,12 @@ class Broken(Echo):
         return super().step(text) if self.seed % 2 else self.rubbish[self.seed // 2]
 
 
-def test_rubbish_fails_only_its_own_trajectory(tiny):
+def test_rubbish_fails_only_its_own_trajectory(tiny, tmp_path):
     for i in range(len(Broken.rubbish)):
         bad, good = aem.rollout(tiny, [Broken(), Broken()], [2 * i, 1], 1, config(), f"rubbish {i}")
         assert bad.error and bad.reward == 0 and not bad.success and bad.done, Broken.rubbish[i]
         assert not good.error and len(good.responses) >= 1
+        aem.record(tmp_path, {"step": 0, "eval_success": 0.0}, [bad, good])
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -736,10 +759,19 @@ def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
         aem.train_step(tiny, None, [Crashing() for _ in range(16)], config(), 1)
 
 
+def test_one_crash_among_many_stops_nothing_even_in_a_rollout_of_its_own(tiny, monkeypatch):
+    monkeypatch.setattr(Crashing, "step", Echo.step)
+    monkeypatch.setattr(envs, "HELD_OUT", 3)  # with tasks 3 ... 7: the last is a crash, and the second batch of four
+    played, row = aem.evaluate(tiny, [Crashing() for _ in range(4)], config(groups=2, group_size=2, eval_tasks=5))
+    assert [bool(t.error) for t in played] == [False] * 4 + [True] and row["eval_tasks"] == 5
+
+
 def test_trajectories_end_at_the_length_limit(tiny):
     cfg = config(max_turns=50, max_length=90)
     for t in aem.rollout(tiny, [envs.Household(50) for _ in range(4)], [1, 2], 2, cfg, "long"):
         assert 1 < len(t.responses) < 50 and len(t.ids) <= 90 and t.done and not t.success
+    t, = aem.rollout(tiny, [envs.Household(50)], [1], 1, config(max_length=10), "no room")
+    assert "raise --max_length" in t.error and not t.responses
 
 
 # ---------------------------------------------------------------- update
@@ -1763,6 +1795,43 @@ def test_a_run_is_resumed_with_its_own_settings_only(runs):
     assert len(run(name="own", steps=2, lr=1e-3, resume="auto")) == 3  # it had come to its end
     fresh = run(name="not there", steps=0, resume="auto")  # nothing to resume: a new run
     assert len(fresh) == 1
+
+
+def test_the_run_that_has_a_checkpoint_is_the_one_to_resume(runs):
+    run, folder = runs
+    flags = dict(steps=1, resume="auto", out=str(folder / "mine"))
+    run(**flags)
+    first, = (folder / "mine").iterdir()
+    (folder / "mine" / f"{first.name[:-1]}2").mkdir()  # another was stopped before its first step
+    (folder / "mine" / f"{first.name[:-1]}1.log").touch()
+    assert len(run(**flags | dict(steps=2))) == 3 and (first / "checkpoints" / "step-000002").is_dir()
+    run(**flags, name="a[1]")
+    assert len(run(**flags | dict(steps=2), name="a[1]")) == 3
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, tmp_path):
+    for name in aem.LOGS:
+        (tmp_path / name).touch()
+    weights = []
+    for kind in ("plain", "saved", "loaded"):
+        policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01, weight_decay=0.0)
+        if kind == "saved":
+            aem.save_checkpoint(tmp_path, policy, optimizer, 1, 2)
+        if kind == "loaded":
+            assert aem.load_checkpoint(tmp_path, policy, optimizer) == 2
+        for p in policy.model.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+        weights.append(torch.cat([p.flatten() for p in policy.model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
+    first = dict(eval_success=0.5, eval_by_type={"a": 0.5}, eval_tasks=8)
+    last = dict(eval_success=0.75, eval_by_type={"a": 1.0, "b": 0.5}, eval_tasks=8)
+    aem.report(Path("runs/x"), [first, {}, last, {}], 1)
+    assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -231,7 +231,7 @@ def trl(rounds=8):
     """A training step against TRL's, the same model, prompts and tokens: one turn of 64 tokens, 16 turns of 8."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"], found = "1", {}
     for turns, tokens in ((1, 64), (16, 8)):
-        made, name, ours_took, theirs = policy(), f"{turns} turns of {tokens} tokens", [], {}
+        made, name, ours_took = policy(), f"{turns} turns of {tokens} tokens", []
         optimizer = torch.optim.AdamW(made.model.parameters(), lr=0.0)
         trainers = {"trl": trl_trainer(policy(), turns, tokens, False), "trl_default": trl_trainer(policy(), turns, tokens, True)}
         clocks = {kind: timed_steps(trainer) for kind, trainer in trainers.items()}

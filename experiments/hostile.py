@@ -171,6 +171,7 @@ CHEATS = {
     "forged list, then dies": "import os\nos.write(3, b'[1]\\n')\nos._exit(0)",
     "forged depth, then dies": "import os\nos.write(3, b'[' * 50000 + b'\\n')\nos._exit(0)",
     "forged shown": "import os\nos.write(3, b'{\"shown\": [[1]], \"ended\": {}, \"value\": {\"value\": 4}}\\n')\nos._exit(0)",
+    "forged verdict": "import os\nos.write(3, b'{\"ended\": \"passed\"}\\n')\nos._exit(0)\nf = 1",
     "forged pid": "import os\nos.write(3, b'1\\n')\ndef f(x): return 2 * x",
     "patched json": "import json\njson.dumps = lambda *a, **k: '{\"value\": 4}'\ndef f(x): return 0",
     "patched builtins": "import builtins\nbuiltins.type = lambda *a: int\nbuiltins.all = lambda x: True\ndef f(x): return A",
@@ -371,7 +372,8 @@ PROTECTIONS = {  # what to take away: (text in envs.py, what to put there)
     "exact types": ("kind in (bool, int, float, str) else", "isinstance(value, (bool, int, float, str)) else"),
     "strict comparison": ("return kinds[0] is kinds[1] and expected == reply", "return str(expected) == str(reply)"),
     "number of replies": ("replies = [] if tail else [", "replies = ["),
-    "shape of replies": ("all(type(reply) is dict for reply in replies)", "True"),
+    "shape of replies": ("type(reply) is dict and ", ""),
+    "how it ended is ours to say": (' and "ended" not in reply', ""),
     "deep replies": ("contextlib.suppress(ValueError, RecursionError):  # if", "contextlib.suppress(ValueError):  # if"),
     "source limit": ("code if len(code) <= 2**16 else", "code if True else"),
 }  # fmt: skip
