@@ -777,6 +777,26 @@ def test_trajectories_end_at_the_length_limit(tiny):
 # ---------------------------------------------------------------- update
 
 
+def test_the_readme_recipe_for_other_trainers_does_what_ours_does(played):
+    """`played` as a dense batch, base advantages 1: what comes out is each token's alpha."""
+    readme = (Path(__file__).parent / "README.md").read_text()
+    recipe = readme[readme.index("### In your own trainer") :].split("```python\n")[1].split("```")[0]
+    shape, responses = (len(played), max(len(t.ids) for t in played)), [r for t in played for r in t.responses]
+    space = dict(entropy=torch.zeros(shape), advantage=torch.ones(shape), turn=torch.full(shape, -1))
+    space |= dict(task=torch.tensor([t.group for t in played]), aem_coefficients=aem.aem_coefficients)
+    for row, t in enumerate(played):
+        for r in t.responses:
+            span = slice(r.start, r.start + len(r.logp))
+            space["entropy"][row, span] = torch.tensor(r.entropy)
+            space["turn"][row, span] = next(i for i, other in enumerate(responses) if other is r)
+    exec(recipe, space)
+    for row, t in enumerate(played):
+        for r in t.responses:
+            found = space["advantage"][row, r.start : r.start + len(r.logp)].tolist()
+            assert found == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
+    assert (space["advantage"][space["turn"] < 0] == 1).all()
+
+
 def test_modulated_advantages_against_a_slow_loop(played):
     h_bar = [sum(r.entropy) / len(r.entropy) for t in played for r in t.responses]
     alpha = slow_alpha(h_bar, [t.group for t in played for _ in t.responses], 1.0, 0.1)
@@ -2172,7 +2192,7 @@ def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch
     section = readme[readme.index("## What we see") : readme.index("## Coding tasks")]
     rows = [line for line in section.splitlines() if " ± " in line and line.startswith("| ")]
     assert len(rows) >= 5 and all(row in printed for row in rows)
-    assert all(name in section for name in ("dynamics.png", "drift.png", "mechanism.png"))
+    assert all(name in section for name in ("dynamics.png", "drift.png", "drift-small.png", "mechanism.png", "regimes.png"))
 
 
 class Alike(Echo):
@@ -2222,7 +2242,7 @@ def test_the_study_reports_what_its_results_say(tmp_path, monkeypatch, capsys):
     assert "equal learning rates, all 4 rates, tuning seeds**" in printed
     assert "| gspo | +2.0 ± 0.0, p = 0.01 | +1.7 ± 0.0, p = 0.01 |" in printed
     assert "| gspo | 54.5 | 21.8 |" in printed
-    for name in ("dynamics", "drift", "regimes"):
+    for name in ("dynamics", "drift", "drift-small", "regimes"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -189,8 +189,7 @@ def interval(values):
 def paired(a, b):
     """Text: mean of b - a in points, its 95 % interval, and p of the exact paired permutation test (all 2^n signs)."""
     d = [100 * (y - x) for x, y in zip(a, b, strict=True)]
-    sums = [abs(sum(map(math.prod, zip(signs, d)))) for signs in itertools.product((1, -1), repeat=len(d))]
-    p = fmean(s >= abs(sum(d)) - 1e-9 for s in sums)
+    p = fmean(abs(sum(map(math.prod, zip(signs, d)))) > abs(sum(d)) - 1e-9 for signs in itertools.product((1, -1), repeat=len(d)))
     return f"{fmean(d):+.1f} ± {interval(d):.1f}, p = {p:.2f}"
 
 
@@ -285,7 +284,8 @@ def report(_):
     arms = reported(known, "household")
     if set(PAIR) <= set(arms):
         dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
-        dynamics(known, "drift", {n.removeprefix("lr 1e-4, "): flags for n, flags in arms.items() if flags["lr"] == 1e-4})
+        for file, prefix, base in (("drift", "", "grpo + AEM"), ("drift-small", "lr 1e-4, ", "lr 1e-4")):
+            dynamics(known, file, {base: arms[base]} | {v: arms[prefix + v] for v in VARIANTS if v.startswith("only")})
     regime_map(known)
     if (RESULTS / "mechanism-end.json").exists():
         diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
