@@ -99,7 +99,7 @@ class Config:
     epochs: int = flag(1, "passes of the update over one rollout batch")
     minibatches: int = flag(2, "optimizer steps per pass")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
-    micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of the update: memory, not results")
+    micro_batch_tokens: int = flag(8192, "tokens, padding included, per forward of update and prompts: memory, not results")
     gradient_checkpointing: bool | None = flag(None, "recompute activations in backward; by default on a GPU only")
     device: str = flag("auto", "'cpu', 'cuda', ...; 'auto' takes a GPU if there is one")
     dtype: str = flag("auto", "of matrix products: 'bfloat16', by default on a GPU, or 'float32'; weights are float32")
@@ -384,7 +384,7 @@ def add_adapter(model, cfg):
 @torch.no_grad()
 def check_forward(policy, max_length):
     """Raises ValueError for a model that this file can't drive: its logits, by our cache, are not what it says itself."""
-    config, cache = policy.model.get_decoder().config, SlotCache()
+    config, cache = policy.model.get_decoder().config, SlotCache(2)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and window < max_length and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         raise ValueError(f"some of its layers see only the last {window} tokens: --max_length can be {window} at most")
@@ -480,6 +480,9 @@ class SlotCache:
     # padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it
     layers = ()  # per layer [keys, values], each (rows, heads, capacity, head size), zero where unused
 
+    def __init__(self, size):
+        self.size = size  # rows
+
     def prepare(self, rows, slots, capacity):
         """Announce a forward of tokens at `slots` (B, T) < `capacity` of `rows` (B,), all in order or some. Returns: its mask."""
         self.rows, self.slots, self.capacity = rows, slots, capacity
@@ -488,8 +491,9 @@ class SlotCache:
     def update(self, key, value, layer, *args, **kwargs):
         """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, capacity, head size)."""
         if layer == len(self.layers):
-            self.layers = [*self.layers, [key[:, :, :0].to(value.dtype), value[:, :, :0]]]  # in bf16, rotation gives fp32 keys
-        stored, whole = self.layers[layer], len(self.rows) == len(self.layers[layer][0])
+            empty = [value.new_zeros(self.size, *new.shape[1:2], 0, new.shape[3]) for new in (key, value)]
+            self.layers = [*self.layers, empty]  # of value's type: in bf16, rotation gives fp32 keys
+        stored, whole = self.layers[layer], len(self.rows) == self.size
         for i, new in enumerate((key, value)):
             if (missing := self.capacity - stored[i].shape[2]) > 0:
                 missing = max(missing, self.capacity // 2, 64)  # by half: to grow by a constant is quadratic
@@ -499,7 +503,7 @@ class SlotCache:
 
     def keep(self, rows):
         """Only these rows go on, as rows 0, 1, ..."""
-        self.layers = [[x[rows] for x in layer] for layer in self.layers]
+        self.size, self.layers = len(rows), [[x[rows] for x in layer] for layer in self.layers]
 
 
 def next_logits(policy, cache, rows, trajectories):
@@ -636,7 +640,7 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
     (rank, world), count = rank_and_world(), len(seeds) * group_size
     numbered = zip(range(rank * count // world, (rank + 1) * count // world), environments)  # this process's part
     trajectories = [Trajectory(i // group_size, env, random.Random(f"{cfg.seed}/{stream}/{i}")) for i, env in numbered]
-    cache, playing, idle = SlotCache(), trajectories, 0
+    cache, playing, idle = SlotCache(len(trajectories)), trajectories, 0
     with whole_weights(policy), torch.inference_mode(), policy.autocast():  # one autocast: weights are rounded to bf16 once
         while playing:
             waiting = [t for t in playing if t.waits]
@@ -648,8 +652,10 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
                     cache.keep([i for i, t in enumerate(playing) if not t.done])
                     playing = [t for t in playing if not t.done]
                 rows = [i for i, t in enumerate(playing) if t.responses[-1].start == len(t.ids)]
-            if rows:
-                sample_tokens(policy, cache, rows, [playing[i] for i in rows], cfg)
+            width = max((len(playing[i].ids) - playing[i].cached for i in rows), default=1)
+            size = max(1, cfg.micro_batch_tokens // width)  # rows at once: long prompts could fill the memory
+            for part in (rows[first : first + size] for first in range(0, len(rows), size)):
+                sample_tokens(policy, cache, part, [playing[i] for i in part], cfg)
     for i, t in enumerate(trajectories):
         if t.env is None:
             environments[i] = make_environments(cfg, 1)[0]

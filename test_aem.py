@@ -507,6 +507,9 @@ def test_a_trajectory_does_not_depend_on_its_batch(tiny):
         batch = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, stream)
         assert aem.rollout(tiny, [envs.Household(4)], seeds[:1], 1, cfg, stream)[0].ids == batch[0].ids
     assert together[0].ids != together[1].ids
+    little = config(max_turns=4, micro_batch_tokens=60)  # prompts go in one by one, a token each all at once
+    in_parts = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, little, "x")
+    assert [t.ids for t in in_parts] == [t.ids for t in together] and len(together[0].ids) > 60
     other = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")
     assert [t.ids for t in other] != [t.ids for t in together]
 
@@ -892,7 +895,7 @@ def test_padding_is_small_and_counted(tiny):
 
 def test_the_cache_grows_without_losing_anything(tiny):
     torch.manual_seed(0)
-    cache, whole = aem.SlotCache(), torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
+    cache, whole = aem.SlotCache(2), torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
     for start, end in ((0, 5), (5, 6), (6, 200), (200, 201), (201, 700)):
         slots = torch.arange(start, end).expand(2, -1)
         cache.prepare(torch.arange(2), slots, end)
@@ -974,7 +977,7 @@ def test_bfloat16_computes_from_fp32_weights_and_stays_close(tiny, played, estim
 
 
 def test_the_cache_holds_what_attention_reads(tiny):
-    policy, cache = aem.Policy(tiny.model, tiny.tokenizer, dtype="bfloat16"), aem.SlotCache()
+    policy, cache = aem.Policy(tiny.model, tiny.tokenizer, dtype="bfloat16"), aem.SlotCache(1)
     t = aem.Trajectory(0, None, random.Random(0), tiny.opening("", "Say red."), [aem.Response(0)])
     with torch.inference_mode():
         aem.next_logits(policy, cache, [0], [t])

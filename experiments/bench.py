@@ -148,7 +148,7 @@ def rollout():
 def lockstep(made, rows, turns, cfg):
     """The simple alternative: in each turn all wait for the longest response."""
     playing = [aem.Trajectory(i, Walk(turns), random.Random(f"{cfg.seed}/bench/{i}")) for i in range(rows)]
-    played, cache = playing, aem.SlotCache()
+    played, cache = playing, aem.SlotCache(rows)
     with torch.inference_mode():
         while playing:
             aem.observe(made, playing, range(rows), cfg)

@@ -49,7 +49,7 @@ def relative_surprisal(policy, states, samples, cfg, seed=0):
     policy.model.eval()
     surprisal, entropy = [], []
     for i, (t, r) in enumerate(states):
-        rngs, cache = [random.Random(f"{seed}/{i}/{k}") for k in range(samples)], aem.SlotCache()
+        rngs, cache = [random.Random(f"{seed}/{i}/{k}") for k in range(samples)], aem.SlotCache(samples)
         fresh = [aem.Trajectory(i, None, rng, t.ids[: r.start], [aem.Response(r.start)], waits=False) for rng in rngs]
         while not all(f.waits for f in fresh):
             aem.sample_tokens(policy, cache, range(samples), fresh, cfg)
