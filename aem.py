@@ -588,7 +588,7 @@ def make_environments(cfg, count=0):
     options |= {"dataset": cfg.dataset} if cfg.dataset else {}
     environments = [envs.make(cfg.env, **options) for _ in range(count)]
     for name, otherwise in (("max_turns", 12), ("max_response_tokens", 16)):
-        setattr(cfg, name, getattr(cfg, name) or getattr(environments[0], name, otherwise))
+        setattr(cfg, name, getattr(cfg, name) or getattr(environments[0], name, None) or otherwise)
     return environments
 
 
