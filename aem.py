@@ -1137,7 +1137,7 @@ def main():
         said = f"the GPU's memory is full: {less} ({str(error).splitlines()[0]})"
     except (OSError, dcp.api.CheckpointException) as error:
         cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-        said = f"cannot write to --out {cfg.out}, is the disk full? --resume auto goes on from the last checkpoint ({cause})"
+        said = f"{cause}; is the disk of --out {cfg.out} full? --resume auto goes on from the last checkpoint"
     except KeyboardInterrupt:  # before the first step, or the second one
         sys.exit(130)
     print(f"aem.py: error: {said}", file=sys.stderr)

@@ -390,8 +390,9 @@ def coding_task(row):
     """A row of a data set as ((prompt, entry point, tests), number of tests left out). Raises ValueError: what is wrong with it.
     Asserts of the form `f(arguments) == value`, all literals, become inputs and expected values; they are parsed, never run."""
     prompt, sources = row.get("prompt") or row.get("text"), row.get("tests") or row.get("test_list") or [row.get("test")]
-    if not isinstance(sources, list) or not all(isinstance(t, str) for t in (prompt, row.get("entry_point") or "", *sources)):
-        raise ValueError('it needs texts "prompt" (or "text") and "entry_point", and a list of texts "tests" (or "test_list")')
+    plain = str(row.get("entry_point") or "f").isidentifier()
+    if not plain or not isinstance(sources, list) or not all(isinstance(t, str) for t in (prompt, *sources)):
+        raise ValueError('it needs a text "prompt" (or "text"), a name "entry_point", and a list of texts "tests" (or "test_list")')
     tests, asserts = [], [node.test for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
     for test in asserts:
         match test:
