@@ -270,7 +270,6 @@ class Policy:
         self.precision = torch.promote_types(model.dtype, torch.float32)  # of logits
         self.chunk = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().out_features)  # positions for the head at once
         self.reference = None  # for a KL term: the starting policy, frozen
-        self.adds_mask = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa") == "eager"
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.frame, self.end = chat_frame(tokenizer)
         self.ends = {self.end, tokenizer.eos_token_id}
@@ -477,16 +476,20 @@ class Trajectory:
 
 class SlotCache:
     """Key-value cache in which a token's slot is its position: every row grows at its own length, without holes."""
-    # padding lands in slots that later tokens overwrite; until then the mask `slot <= position` hides it
+    # padding lands in slots that later tokens overwrite; until then the mask hides slots behind a token's own
     layers = ()  # per layer [keys, values], each (rows, heads, capacity, head size), zero where unused
 
     def __init__(self, size):
         self.size = size  # rows
 
     def prepare(self, rows, slots, capacity):
-        """Announce a forward of tokens at `slots` (B, T) < `capacity` of `rows` (B,), all in order or some. Returns: its mask."""
+        """Announce a forward of tokens at `slots` (B, T) < `capacity` of `rows` (B,), all in order or some.
+
+        Returns: what is added to attention's scores, (B, 1, T, capacity): 0, or -inf behind a token's own slot.
+        """
         self.rows, self.slots, self.capacity = rows, slots, capacity
-        return (torch.arange(capacity, device=slots.device) <= slots.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, capacity)
+        hidden = torch.arange(capacity, device=slots.device) > slots.unsqueeze(-1)
+        return torch.zeros(hidden.shape, device=slots.device).masked_fill(hidden, -math.inf).unsqueeze(1)
 
     def update(self, key, value, layer, *args, **kwargs):
         """What transformers' attention calls: store (B, heads, T, head size), get back (B, heads, capacity, head size)."""
@@ -517,8 +520,6 @@ def next_logits(policy, cache, rows, trajectories):
     ids, rows = torch.tensor(ids, device=policy.device), torch.tensor(rows, device=policy.device)  # (B, T) padded right, (B,)
     slots = torch.tensor(starts, device=policy.device).unsqueeze(-1) + torch.arange(ids.shape[1], device=policy.device)  # (B, T)
     mask = cache.prepare(rows, slots, max(starts) + ids.shape[1])
-    if policy.adds_mask:  # subtle: eager attention adds it to the scores; True and False would be 1 and 0
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
     hidden = policy.hidden(ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True)
     for t in trajectories:
         t.cached = len(t.ids)

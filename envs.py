@@ -392,7 +392,7 @@ def coding_task(row):
     prompt, sources = row.get("prompt") or row.get("text"), row.get("tests") or row.get("test_list") or [row.get("test")]
     plain = str(row.get("entry_point") or "f").isidentifier()
     if not plain or not isinstance(sources, list) or not all(isinstance(t, str) for t in (prompt, *sources)):
-        raise ValueError('it needs a text "prompt" (or "text"), a name "entry_point", and a list of texts "tests" (or "test_list")')
+        raise ValueError('it needs a text "prompt" (or "text"), a name "entry_point", a list of texts "tests" (or "test_list")')
     tests, asserts = [], [node.test for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
     for test in asserts:
         match test:

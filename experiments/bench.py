@@ -181,6 +181,18 @@ def our_step(made, optimizer, turns, tokens):
     aem.train_step(made, optimizer, [Walk(turns) for _ in range(128)], cfg, 1)
 
 
+def model_alone(made, turns, tokens):
+    """Seconds of such a step that are the model's body: the forwards of a rollout, forward and backward of the update."""
+    spent, plain = [], made.hidden
+    made.hidden = lambda *args, **kwargs: (found := [], spent.append(seconds(lambda: found.append(plain(*args, **kwargs)))))[0][0]
+    played = ours(made, 128, turns, tokens)
+    made.hidden = plain
+    made.model.train()
+    batches = list(aem.micro_batches(played, aem.Config.micro_batch_tokens))
+    spent.append(seconds(lambda: [aem.sampled_hidden(made, batch)[0].sum().backward() for batch in batches]))
+    return sum(spent)
+
+
 def trl_trainer(made, turns, tokens, checkpointing):
     """TRL's GRPOTrainer on the same model, prompts, and number of tokens; over several turns by the `rollout_func` it offers."""
     try:
@@ -231,7 +243,7 @@ def trl(rounds=8):
     """A training step against TRL's, the same model, prompts and tokens: one turn of 64 tokens, 16 turns of 8."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"], found = "1", {}
     for turns, tokens in ((1, 64), (16, 8)):
-        made, name, ours_took = policy(), f"{turns} turns of {tokens} tokens", []
+        made, name, ours_took, alone = policy(), f"{turns} turns of {tokens} tokens", [], []
         optimizer = torch.optim.AdamW(made.model.parameters(), lr=0.0)
         trainers = {"trl": trl_trainer(policy(), turns, tokens, False), "trl_default": trl_trainer(policy(), turns, tokens, True)}
         clocks = {kind: timed_steps(trainer) for kind, trainer in trainers.items()}
@@ -240,11 +252,14 @@ def trl(rounds=8):
                 with contextlib.redirect_stdout(None):  # its own log
                     trainer.train()
             ours_took.append(seconds(lambda: our_step(made, optimizer, turns, tokens)))
-        times = {"ours": median(ours_took[1:])} | {kind: median(clock[1:]) for kind, clock in clocks.items()}
+            alone.append(model_alone(made, turns, tokens))
+        times = {"ours": median(ours_took[1:]), "model_alone": median(alone[1:])} | {kind: median(clock[1:]) for kind, clock in clocks.items()}
         ratios = {f"ratio_{kind}": round(times[kind] / times["ours"], 2) for kind in trainers}
         found[name] = {kind: round(value, 3) for kind, value in times.items()} | ratios
         print(f"{name}, 128 rows: {times['ours']:.2f} s; TRL {times['trl']:.2f} s, {ratios['ratio_trl']} times as long; ", end="")
-        print(f"with gradient checkpointing, its default: {times['trl_default']:.2f} s,", ratios["ratio_trl_default"], flush=True)
+        print(f"with gradient checkpointing, its default: {times['trl_default']:.2f} s,", ratios["ratio_trl_default"])
+        print(f"  of ours, the model's own forwards and backward take {times['model_alone']:.2f} s: ", end="")
+        print(f"TRL's step is {times['trl'] / times['model_alone']:.1f} times as long as these alone", flush=True)
     return found
 
 
