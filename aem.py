@@ -136,7 +136,8 @@ class Config:
         for name, value in vars(self).items():  # all other numbers: 0 or more
             low, high = least.get(name, 0), most.get(name, sys.float_info.max)
             if isinstance(value, int | float) and not low <= value <= high:
-                meaning, bound = type(self).__dataclass_fields__[name].metadata["help"], " and at most 1" * (high == 1)
+                bound = " and at most 1" if high == 1 else " and finite" if value > high else ""
+                meaning = type(self).__dataclass_fields__[name].metadata["help"]
                 raise UsageError(f"--{name} must be at least {low}{bound}, not {value} ({meaning})")
         if self.mask_drift != "off" and not self.aem:
             raise UsageError("--mask_drift chooses responses by their alpha: it needs --aem true")

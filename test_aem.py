@@ -2288,6 +2288,7 @@ BAD = [  # flags, and what the message must hold; capitals stand for files
     (["--loss_mean", "all"], "--loss_mean"),
     (["--clip_low", "1.5"], "--clip_low"),
     (["--clip_high", "-0.1"], "--clip_high"),
+    (["--clip_high", "inf"], "--clip_high must be at least 0 and finite"),
     (["--overlong", "2"], "--overlong"),
     (["--gamma", "1.1"], "--gamma"),
     (["--kl_coef", "-1"], "--kl_coef"),
