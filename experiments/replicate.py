@@ -4,9 +4,8 @@
     python experiments/replicate.py --quick    # two arms, two seeds, in minutes
     python experiments/replicate.py --report > experiments/results/report.md   # all tables, and the figures there
 
-Each finished run is one line of experiments/results/runs.jsonl, never run again. The learning rate of each arm of the main table
-is chosen on seeds of its own (TUNING), the map of regimes has its own (MAPPED); what is reported runs on SEEDS, paired by seed, and
-so does each cell of the map in which AEM looked best.
+Each finished run is one line of experiments/results/runs.jsonl, never run again. Learning rates are chosen on TUNING seeds, the map
+of regimes has MAPPED ones; what is reported runs on SEEDS, paired by seed, and so do the cells of the map in which AEM looked best.
 All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
 """
 
@@ -64,14 +63,16 @@ REGIMES = {  # rows of the map: what differs from the main setting in household
     "8 turns": dict(max_turns=8),
     "120 steps": dict(steps=120, eval_every=120),
 }
+CELLS = {f"{name}, {lr:g}": dict(more, env="household", lr=lr) for name, more in REGIMES.items() for lr in RATES}
 KEPT = ("success", "reward", "response_entropy", "negative", "turns", "alpha_min", "alpha_max", "grad_norm", "clip_fraction")
 
 
 # ---------------------------------------------------------------- runs
 def finished():
-    """All results: {key: line}."""
+    """All results: {key: line}, with held-out success at the end and the area under the curve (mean success of all steps), in %."""
     file = RESULTS / "runs.jsonl"
-    return {key(run["flags"], run["seed"]): run for run in map(json.loads, open(file) if file.exists() else ())}
+    runs = {key(run["flags"], run["seed"]): run for run in map(json.loads, open(file) if file.exists() else ())}
+    return {k: run | dict(end=100 * run["after"]["all"], area=100 * fmean(run["curves"]["success"])) for k, run in runs.items()}
 
 
 def key(flags, seed):
@@ -83,12 +84,11 @@ def run(flags, seed):
     """Train once, on one core, in a process of its own. Returns: the line of runs.jsonl."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        settings = dict(flags, seed=seed, out=out)
         try:
-            rows, ended = aem.train(aem.Config(**settings, name="run")), ""
+            rows, ended = aem.train(aem.Config(**flags, seed=seed, out=out, name="run")), ""
         except aem.UsageError as error:  # dynamic sampling finds no group that varies any more: the policy has collapsed
             rows, ended = [json.loads(line) for line in open(Path(out) / "run" / "metrics.jsonl")], str(error)
-            last = aem.train(aem.Config(**settings | dict(steps=0, model=f"{out}/run", name="last")))[0]
+            last = aem.train(aem.Config(**flags | dict(steps=0, seed=seed, model=f"{out}/run", out=out, name="last")))[0]
             rows[-1] |= {name: value for name, value in last.items() if name.startswith("eval_")}
     seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
     rows += rows[-1:] * (flags["steps"] + 1 - len(rows))  # a run that has ended stays where it was
@@ -115,20 +115,19 @@ def run_all(wanted, workers, bar):
 
 
 # ---------------------------------------------------------------- the study: which runs
-def setting(world, arm, **more):
-    return dict(eval_tasks=512, env=world) | WORLDS[world] | ARMS[arm] | more
+def setting(env, arm, **more):
+    return dict(eval_tasks=512, env=env) | WORLDS[env] | (ARMS.get(arm) or ARMS["grpo + AEM"] | VARIANTS[arm]) | more
 
 
-def tuned(known, world, arm):
-    """Mean held-out success at the end over the tuning seeds, by learning rate, where all of them have run."""
-    found = {lr: lines(known, setting(world, arm, lr=lr), TUNING) for lr in RATES}
-    return {lr: fmean(map(success, runs)) for lr, runs in found.items() if len(runs) == len(TUNING)}
+def tuned(known, world):
+    """Mean success at the end over the tuning seeds, by arm and learning rate, where all of them have run: {arm: {rate: %}}."""
+    found = {arm: {lr: [run["end"] for run in lines(known, setting(world, arm, lr=lr), TUNING)] for lr in RATES} for arm in ARMS}
+    return {arm: {lr: fmean(ends) for lr, ends in by.items() if len(ends) == len(TUNING)} for arm, by in found.items()}
 
 
 def reported(known, world):
     """The runs of the main table and of the ablations, each arm at its own best learning rate: {name: flags}."""
-    rates = {arm: tuned(known, world, arm) for arm in ARMS}
-    arms = {arm: setting(world, arm, lr=max(ends, key=ends.get)) for arm, ends in rates.items() if len(ends) == len(RATES)}
+    arms = {a: setting(world, a, lr=max(ends, key=ends.get)) for a, ends in tuned(known, world).items() if len(ends) == len(RATES)}
     if world == "household" and "grpo + AEM" in arms:
         arms |= {name: arms["grpo + AEM"] | flags for name, flags in VARIANTS.items()}
     return arms
@@ -136,36 +135,28 @@ def reported(known, world):
 
 def study(workers):
     """Everything, in an order in which each stage has what it needs."""
-    cells = [dict(lr=lr, **more) for more in REGIMES.values() for lr in RATES]
     total = len(WORLDS) * len(ARMS) * (len(TUNING) * len(RATES) + len(SEEDS)) + len(VARIANTS) * len(SEEDS)
-    bar = tqdm(total=total + 2 * len(cells) * len(MAPPED), desc="runs", unit="run")
+    bar = tqdm(total=total + len(PAIR) * len(CELLS) * len(MAPPED), desc="runs", unit="run")
     for world in WORLDS:
         run_all([(setting(world, arm, lr=lr), s) for s in TUNING for lr in RATES for arm in ARMS], workers, bar)
-        arms = reported(finished(), world)
-        run_all([(flags, s) for s in SEEDS for flags in arms.values()], workers, bar)
-        if world == "household":
-            mechanism(arms["grpo + AEM"])
-    run_all([(setting("household", arm, **c), s) for c in cells for s in MAPPED for arm in PAIR], workers, bar)
-    again = [(flags, s) for pair in promising(finished()).values() for s in SEEDS for flags in pair]
+        run_all([(flags, s) for flags in reported(finished(), world).values() for s in SEEDS], workers, bar)
+    mechanism(reported(finished(), "household")["grpo + AEM"])
+    run_all([(setting(arm=arm, **cell), s) for cell in CELLS.values() for s in MAPPED for arm in PAIR], workers, bar)
+    again = [(flags, s) for arms in promising(finished()).values() for s in SEEDS for flags in arms]
     bar.total += len(again)
     run_all(again, workers, bar)
 
 
-def gains(known, flags):
-    """Difference in area, with AEM - without, of each seed of the map, in points; flags: those of a cell."""
-    plain, ours = (lines(known, setting("household", arm, **flags), MAPPED) for arm in PAIR)
-    return [100 * (area(b) - area(a)) for a, b in zip(plain, ours, strict=True)]
+def mapped(known):
+    """Cells of the map that are complete: {name: (runs without AEM, runs with it, by how many points the latter lead in area)}."""
+    pairs = {name: [lines(known, setting(arm=arm, **cell), MAPPED) for arm in PAIR] for name, cell in CELLS.items()}
+    return {n: (*p, [b["area"] - a["area"] for a, b in zip(*p)]) for n, p in pairs.items() if min(map(len, p)) == len(MAPPED)}
 
 
 def promising(known):
-    """Cells of the map, other than the main table's, where AEM's area is ahead by 2 points, or certainly: {name: flags of PAIR}.
-
-    The best of 24 cells on three seeds are partly luck: how much of their lead is left on seeds that did not choose them?
-    """
-    cells = {f"{name}, {lr:g}": dict(lr=lr, **more) for name, more in REGIMES.items() if more for lr in RATES}
-    leads = {name: gains(known, flags) for name, flags in cells.items()}
-    chosen = [name for name, d in leads.items() if len(d) == len(MAPPED) and fmean(d) > min(2, interval(d))]
-    return {name: [setting("household", arm, **cells[name]) for arm in PAIR] for name in chosen}
+    """Cells in which AEM leads by two points, or by more than the interval: {name: flags: plain, AEM, shuffled AEM}."""
+    chosen = [name for name, (_, _, leads) in mapped(known).items() if fmean(leads) > min(2, interval(leads))]
+    return {name: [setting(arm=arm, **CELLS[name]) for arm in (*PAIR, "shuffled")] for name in chosen}
 
 
 def mechanism(flags, states=64, samples=64, updates=4):
@@ -192,24 +183,14 @@ def lines(known, flags, seeds):
     return [known[key(flags, s)] for s in seeds if key(flags, s) in known]
 
 
-def success(line):
-    """Held-out success at the end."""
-    return line["after"]["all"]
-
-
-def area(line):
-    """Mean success over all training steps: the area under the curve."""
-    return fmean(line["curves"]["success"])
-
-
 def interval(values):
     """Half of the 95 % interval of a mean, by Student's t."""
     return T[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def paired(a, b):
-    """Text: mean of b - a in points, its 95 % interval, and p of the exact paired permutation test (all 2^n signs)."""
-    d = [100 * (y - x) for x, y in zip(a, b, strict=True)]
+    """Text: mean of b - a, its 95 % interval, and p of the exact paired permutation test (all 2^n signs)."""
+    d = [y - x for x, y in zip(a, b, strict=True)]
     p = fmean(abs(sum(map(math.prod, zip(signs, d)))) > abs(sum(d)) - 1e-9 for signs in itertools.product((1, -1), repeat=len(d)))
     return f"{fmean(d):+.1f} ± {interval(d):.1f}, p = {p:.2f}"
 
@@ -227,9 +208,9 @@ def contrasts(known, title, pairs, a="without", b="with"):
     for name, pair in pairs.items():
         seeds = [s for s in SEEDS if all(key(flags, s) in known for flags in pair)]
         rows[name] = [f"{pair[0]['lr']:g}, {pair[1]['lr']:g}", str(len(seeds))]
-        for measure in (success, area) if len(seeds) > 1 else ():
-            values = [[measure(line) for line in lines(known, flags, seeds)] for flags in pair]
-            rows[name] += [f"{100 * fmean(v):.1f} ± {100 * interval(v):.1f}" for v in values] + [paired(*values)]
+        for measure in ("end", "area") if len(seeds) > 1 else ():
+            values = [[run[measure] for run in lines(known, flags, seeds)] for flags in pair]
+            rows[name] += [f"{fmean(v):.1f} ± {interval(v):.1f}" for v in values] + [paired(*values)]
     columns = [f"{measure}: {which}" for measure in ("end", "area") for which in (a, b, "difference")]
     table(title, ["learning rates", "seeds", *columns], rows)
 
@@ -237,25 +218,25 @@ def contrasts(known, title, pairs, a="without", b="with"):
 def tables(known):
     """Print what there are results for."""
     for world in WORLDS:
-        rates = {arm: tuned(known, world, arm) for arm in ARMS}
-        rows = {arm: [f"{100 * ends[lr]:.1f}" if lr in ends else "" for lr in RATES] for arm, ends in rates.items()}
+        rows = {arm: [f"{ends[lr]:.1f}" if lr in ends else "" for lr in RATES] for arm, ends in tuned(known, world).items()}
         table(f"{world}: success at the end by learning rate, tuning seeds, %", [f"{lr:g}" for lr in RATES], rows)
         tried = {arm: [x for lr in RATES for x in lines(known, setting(world, arm, lr=lr), TUNING)] for arm in ARMS}
-        full = [e for e in ESTIMATORS if len(tried[e]) == len(tried[e + " + AEM"]) == len(RATES) * len(TUNING)]
-        rows = {e: [paired(map(m, tried[e]), map(m, tried[e + " + AEM"])) for m in (success, area)] for e in full}
-        table(f"{world}: with AEM - without at equal learning rates, all 4 rates, tuning seeds", ["end", "area"], rows)
         arms = reported(known, world)
-        pairs = {e: (arms[e], arms[e + " + AEM"]) for e in ESTIMATORS if {e, e + " + AEM"} <= set(arms)}
-        contrasts(known, f"{world}: without AEM, with AEM", pairs)
+        full = [(e, e + " + AEM") for e in ESTIMATORS if {e, e + " + AEM"} <= set(arms)]
+        rows = {e: [paired(*([run[m] for run in tried[arm]] for arm in (e, ours))) for m in ("end", "area")] for e, ours in full}
+        table(f"{world}: with AEM - without at equal learning rates, all 4 rates, tuning seeds", ["end", "area"], rows)
+        contrasts(known, f"{world}: without AEM, with AEM", {e: (arms[e], arms[ours]) for e, ours in full})
         varied = {name: (arms["grpo + AEM"], arms[name]) for name in VARIANTS if name in arms}
         contrasts(known, f"{world}: GRPO + AEM, and variants of it", varied, "AEM", "variant")
         ends = {arm: [line["after"] for line in lines(known, arms[arm], SEEDS)] for arm in ARMS if arm in arms}
         kinds = list(next((found[0] for found in ends.values() if found), ()))
         rows = {arm: [f"{100 * fmean(end[kind] for end in found):.1f}" for kind in kinds] for arm, found in ends.items() if found}
         table(f"{world}: success at the end by type of task, %", kinds, rows)
-    contrasts(known, "household: cells of the map where AEM looked best, on other seeds: without AEM, with AEM", promising(known))
-    ended = [line for line in known.values() if line.get("ended")]
-    print(f"\n{len(known)} runs; {len(ended)} of them ended early, as dynamic sampling found no group that varies any more")
+    again, cells = promising(known).items(), "household: cells of the map where AEM looked best, on other seeds"
+    contrasts(known, f"{cells}: without AEM, with AEM", {name: arms[:2] for name, arms in again})
+    contrasts(known, f"{cells}: with AEM, shuffled", {name: arms[1:] for name, arms in again}, "AEM", "shuffled")
+    ended = sum(bool(run.get("ended")) for run in known.values())
+    print(f"\n{len(known)} runs; {ended} of them ended early, as dynamic sampling found no group that varies any more")
 
 
 def dynamics(known, file, arms):
@@ -284,14 +265,11 @@ def regime_map(known):
     """GRPO + AEM against GRPO: rows REGIMES, columns RATES."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis, grid = figure.subplots(), [[math.nan] * len(RATES) for _ in REGIMES]
-    for (y, more), (x, lr) in itertools.product(enumerate(REGIMES.values()), enumerate(RATES)):
-        found = [lines(known, setting("household", arm, lr=lr, **more), MAPPED) for arm in PAIR]
-        if min(map(len, found)) == len(MAPPED):
-            ends = [100 * fmean(map(success, runs)) for runs in found]
-            leads = gains(known, dict(lr=lr, **more))
-            grid[y][x] = fmean(leads)
-            text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(leads):.1f}"
-            axis.text(x, y, text, ha="center", va="center", fontsize=9)
+    for name, (plain, ours, leads) in mapped(known).items():
+        y, x = divmod(list(CELLS).index(name), len(RATES))
+        grid[y][x], ends = fmean(leads), [fmean(run["end"] for run in runs) for runs in (plain, ours)]
+        text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(leads):.1f}"
+        axis.text(x, y, text, ha="center", va="center", fontsize=9)
     image = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
     figure.colorbar(image, label="area under the curve: with AEM - without (points)")
     axis.set(xticks=range(len(RATES)), xticklabels=RATES, yticks=range(len(REGIMES)), yticklabels=REGIMES, xlabel="learning rate")
