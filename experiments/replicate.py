@@ -282,10 +282,10 @@ def report(_):
     known = finished()
     tables(known)
     arms = reported(known, "household")
-    if set(PAIR) <= set(arms):
-        dynamics(known, "dynamics", {name: arms[name] for name in PAIR})
-        for file, prefix, base in (("drift", "", "grpo + AEM"), ("drift-small", "lr 1e-4, ", "lr 1e-4")):
-            dynamics(known, file, {base: arms[base]} | {v: arms[prefix + v] for v in VARIANTS if v.startswith("only")})
+    dynamics(known, "dynamics", {arm: arms.get(arm, {}) for arm in PAIR})
+    for file, prefix, base in (("drift", "", "grpo + AEM"), ("drift-small", "lr 1e-4, ", "lr 1e-4")):
+        dynamics(known, file, {base: arms.get(base, {})} | {v: arms.get(prefix + v, {}) for v in VARIANTS if v.startswith("only")})
+    dynamics(known, "epochs", {arm: setting(arm=arm, **CELLS["4 epochs a batch, 0.0008"]) for arm in (*PAIR, "shuffled")})
     regime_map(known)
     if (RESULTS / "mechanism-end.json").exists():
         diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
