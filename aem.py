@@ -1114,11 +1114,13 @@ def train(cfg):
         export(run, policy)
     if rank == 0 and cfg.steps:
         plot_curves(run)
+    if rank == 0 and not stopped:
+        report(run, rows, time.perf_counter() - start)
+    gathered(None)  # nobody leaves before all is written: torchrun ends the others when one has failed or was stopped
+    time.sleep(0.1 * dist.is_initialized())  # gloo's threads need the interpreter once more, and abort a process that is ending
     if stopped:
         print(f"stopped after step {step}: --resume auto goes on from there", file=sys.stderr)
         sys.exit(128 + stopped)
-    if rank == 0:
-        report(run, rows, time.perf_counter() - start)
     return rows
 
 
@@ -1131,6 +1133,8 @@ def main():
         if unknown:
             raise UsageError(f"unknown flag {unknown[0]}: python aem.py --help lists them all")
         train(cfg)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
     except (UsageError, envs.SandboxError) as error:
         said = error

@@ -1954,12 +1954,14 @@ DISTRIBUTED = {  # groups that no two processes share evenly, responses of all l
 }
 SMALL = dict(groups=5, group_size=3, steps=3, eval_every=2, eval_tasks=23, save_every=2, micro_batch_tokens=150, minibatches=2)
 TWO = """
-import sys, torch, aem, test_aem
+import pathlib, sys, torch, aem, test_aem
 torch.set_num_threads(1)
 for name, flags in test_aem.DISTRIBUTED.items():
     aem.assign_credit = test_aem.halved if name == "halved" else test_aem.halved.__defaults__[0]
     common = dict(env="test_aem:Echo", out=sys.argv[1], cache_dir=sys.argv[2], warm_steps=30, name=name)
     aem.train(test_aem.config(**common | test_aem.SMALL | flags))
+    assert pathlib.Path(sys.argv[1], name, "curves.png").exists()  # the first process wrote it, after all else
+torch.distributed.destroy_process_group()
 """
 
 
