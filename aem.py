@@ -13,6 +13,7 @@ do. No extra model, reward or forward pass: the entropies are by-products of sam
 Shapes: N trajectories, R responses, n sampled tokens, B rows, T positions, D hidden size, V vocabulary. Entropy is in nats.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -1008,6 +1009,7 @@ def export(run, policy):
         whole = {name: weight for name, weight in state.items() if name not in policy.model.all_tied_weights_keys}
         policy.model.save_pretrained(run / "checkpoint", state_dict=whole)
         policy.tokenizer.save_pretrained(run / "checkpoint")
+    gathered(None)  # nobody leaves before it is written: torchrun ends the others when one has failed or was stopped
 
 
 @contextlib.contextmanager
@@ -1054,6 +1056,7 @@ def set_up(cfg):
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
+        atexit.register(time.sleep, 0.1)  # gloo's threads need the interpreter once more, and abort a process that is ending
     main = rank_and_world()[0] == 0
     run = gathered(open_run(cfg) if main else None)[0]
     try:
@@ -1110,17 +1113,15 @@ def train(cfg):
             if stopped:
                 break
     rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    if cfg.steps:
-        export(run, policy)
     if rank == 0 and cfg.steps:
         plot_curves(run)
-    if rank == 0 and not stopped:
-        report(run, rows, time.perf_counter() - start)
-    gathered(None)  # nobody leaves before all is written: torchrun ends the others when one has failed or was stopped
-    time.sleep(0.1 * dist.is_initialized())  # gloo's threads need the interpreter once more, and abort a process that is ending
+    if cfg.steps:
+        export(run, policy)
     if stopped:
         print(f"stopped after step {step}: --resume auto goes on from there", file=sys.stderr)
         sys.exit(128 + stopped)
+    if rank == 0:
+        report(run, rows, time.perf_counter() - start)
     return rows
 
 

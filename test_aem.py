@@ -1960,7 +1960,8 @@ for name, flags in test_aem.DISTRIBUTED.items():
     aem.assign_credit = test_aem.halved if name == "halved" else test_aem.halved.__defaults__[0]
     common = dict(env="test_aem:Echo", out=sys.argv[1], cache_dir=sys.argv[2], warm_steps=30, name=name)
     aem.train(test_aem.config(**common | test_aem.SMALL | flags))
-    assert pathlib.Path(sys.argv[1], name, "curves.png").exists()  # the first process wrote it, after all else
+    assert pathlib.Path(sys.argv[1], name, "curves.png").exists()  # the first process wrote it,
+    assert pathlib.Path(sys.argv[1], name, "checkpoint", "tokenizer.json").exists()  # and this after all else
 torch.distributed.destroy_process_group()
 """
 

@@ -4,8 +4,8 @@
     python experiments/replicate.py --quick    # two arms, two seeds, in minutes
     python experiments/replicate.py --report > experiments/results/report.md   # all tables, and the figures there
 
-Each finished run is one line of experiments/results/runs.jsonl, never run again. Learning rates are chosen on TUNING seeds, the map
-of regimes has MAPPED ones; what is reported runs on SEEDS, paired by seed, and so do the cells of the map in which AEM looked best.
+Each finished run is one line of experiments/results/runs.jsonl, never run again. Learning rates are chosen on TUNING seeds, the
+map of regimes has MAPPED ones; what is reported runs on SEEDS, paired by seed, and so do the map's cells where AEM looked best.
 All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
 """
 
@@ -69,7 +69,7 @@ KEPT = ("success", "reward", "response_entropy", "negative", "turns", "alpha_min
 
 # ---------------------------------------------------------------- runs
 def finished():
-    """All results: {key: line}, with held-out success at the end and the area under the curve (mean success of all steps), in %."""
+    """All results: {key: line}, with held-out success at the end and the area under the curve (mean of all steps), in %."""
     file = RESULTS / "runs.jsonl"
     runs = {key(run["flags"], run["seed"]): run for run in map(json.loads, open(file) if file.exists() else ())}
     return {k: run | dict(end=100 * run["after"]["all"], area=100 * fmean(run["curves"]["success"])) for k, run in runs.items()}
@@ -127,7 +127,7 @@ def tuned(known, world):
 
 def reported(known, world):
     """The runs of the main table and of the ablations, each arm at its own best learning rate: {name: flags}."""
-    arms = {a: setting(world, a, lr=max(ends, key=ends.get)) for a, ends in tuned(known, world).items() if len(ends) == len(RATES)}
+    arms = {a: setting(world, a, lr=max(e, key=e.get)) for a, e in tuned(known, world).items() if len(e) == len(RATES)}
     if world == "household" and "grpo + AEM" in arms:
         arms |= {name: arms["grpo + AEM"] | flags for name, flags in VARIANTS.items()}
     return arms
@@ -148,7 +148,7 @@ def study(workers):
 
 
 def mapped(known):
-    """Cells of the map that are complete: {name: (runs without AEM, runs with it, by how many points the latter lead in area)}."""
+    """Cells of the map that are complete: {name: (runs without AEM, runs with it, the latter's leads in area)}."""
     pairs = {name: [lines(known, setting(arm=arm, **cell), MAPPED) for arm in PAIR] for name, cell in CELLS.items()}
     return {n: (*p, [b["area"] - a["area"] for a, b in zip(*p)]) for n, p in pairs.items() if min(map(len, p)) == len(MAPPED)}
 
@@ -284,7 +284,7 @@ def report(_):
     arms = reported(known, "household")
     dynamics(known, "dynamics", {arm: arms.get(arm, {}) for arm in PAIR})
     for file, prefix, base in (("drift", "", "grpo + AEM"), ("drift-small", "lr 1e-4, ", "lr 1e-4")):
-        dynamics(known, file, {base: arms.get(base, {})} | {v: arms.get(prefix + v, {}) for v in VARIANTS if v.startswith("only")})
+        dynamics(known, file, {base: arms.get(base, {})} | {v: arms.get(prefix + v, {}) for v in VARIANTS if v[:4] == "only"})
     dynamics(known, "epochs", {arm: setting(arm=arm, **CELLS["4 epochs a batch, 0.0008"]) for arm in (*PAIR, "shuffled")})
     regime_map(known)
     if (RESULTS / "mechanism-end.json").exists():
