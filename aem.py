@@ -417,7 +417,9 @@ def load_policy(cfg, path):
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error
     if cfg.device != "cpu":
         model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape
     if cfg.compile:
+        torch.compiler.config.recompile_limit = 64  # prompts and single tokens, rollout and update
         policy.body.compile(dynamic=True)
     return policy
 
@@ -842,7 +844,8 @@ def sampled_logps(policy, trajectories):
 def record_logps(policy, trajectories, cfg, name):
     """Set every response's `name`, 'logp' or 'reference', by the update's forwards of `policy`."""
     rank, world = rank_and_world()
-    batches = list(micro_batches([t for t in trajectories if t.ids], cfg.micro_batch_tokens))
+    batches = [t for t in trajectories if t.responses]
+    batches = list(micro_batches(batches, cfg.micro_batch_tokens))
     parts = gather([sampled_logps(policy, batch).tolist() for batch in batches[rank::world]])
     for i, batch in enumerate(batches):
         logps = iter(parts[i % world][i // world])
@@ -1093,7 +1096,10 @@ def open_run(cfg):
     """The run's folder: a new one, or the one to resume. Raises UsageError."""
     stem = f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
     begun = sorted(Path(cfg.out).glob(f"{stem}-*"), key=lambda run: run.stat().st_mtime)
-    run = Path(cfg.out) / (cfg.name or f"{stem}-{len(begun) + 1}")
+    number = 1
+    while (Path(cfg.out) / f"{stem}-{number}").exists():
+        number += 1
+    run = Path(cfg.out) / (cfg.name or f"{stem}-{number}")
     if cfg.resume and begun and not cfg.name:
         run = begun[-1]
     try:
@@ -1207,9 +1213,9 @@ def set_up(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
         atexit.register(time.sleep, 0.1)  # gloo's threads abort a process that ends before them
     first = rank_and_world()[0] == 0
-    environments = make_environments(cfg)
     run = gather(open_run(cfg) if first else None)[0]
     try:
+        environments = make_environments(cfg)
         if checkpoints(run):
             check_same(run, cfg)
         source = cfg.model
@@ -1218,10 +1224,10 @@ def set_up(cfg):
         policy = load_policy(cfg, source)
         if cfg.kl_coef:
             policy.reference = load_policy(cfg, source)
-    except (UsageError, OSError):
+    except (ValueError, OSError, envs.SandboxError) as error:
         if first and not any(run.iterdir()):
             run.rmdir()
-        raise
+        raise UsageError(error) from error
     if cfg.lr is None:
         adapters = any(not p.requires_grad for p in policy.model.parameters())
         small = policy.model.num_parameters() < 1e7
@@ -1255,7 +1261,8 @@ def train(cfg):
     stop = 0
     first = rank_and_world()[0] == 0
     if first:
-        (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+        (run / "config.partial").write_text(json.dumps(asdict(cfg), indent=2))
+        (run / "config.partial").rename(run / "config.json")
     bar = tqdm(initial=begin_at, total=cfg.steps + 1, desc=run.name, disable=not first)
     with caught_signals() as received, bar:
         for step in range(begin_at, cfg.steps + 1):
@@ -1269,6 +1276,8 @@ def train(cfg):
                 record(run, row, trajectories, cfg)
                 if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                     save_checkpoint(run, policy, optimizer, step)
+            if row.get("updates") == 0:
+                bar.write(f"step {step}: no update, as in no group do rewards vary")
             shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
             bar.set_postfix(shown, refresh=False)
             bar.update()
@@ -1297,6 +1306,8 @@ def main():
         return
     except (UsageError, envs.SandboxError, OSError, ImportError) as error:
         message = error
+    except KeyboardInterrupt:  # before the first step, or the second one
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         less = "lower --micro_batch_tokens, --groups or --max_length, or use --lora_rank 16"
         message = f"the GPU's memory is full: {less} ({error})"
