@@ -317,12 +317,6 @@ class Policy:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.temperature == 1 else logits / self.temperature  # no needless copy
 
-    def recompute_activations(self, on):
-        """Gradient checkpointing: in an update only, as it would drop a rollout's cache."""
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = on  # this module alone: no dropout inside it
-
     def opening_ids(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
         observation = self.special.sub(" ", observation)  # it can't open or end a turn
@@ -352,7 +346,6 @@ def render(tokenizer, turns):
 
 def chat_frame(tokenizer):
     """What a chat template puts between a response and an observation, and after that.
-
     Returns: (before, after, id of the end-of-turn token: the first special one in `before`).
     """
     if not tokenizer.chat_template:
@@ -386,16 +379,28 @@ def check_model(policy, cfg):
     config = policy.body.config
     window = getattr(config, "sliding_window", None) or cfg.max_length
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    if slides and window < cfg.max_length:
+    if window < cfg.max_length and "sliding_attention" in kinds:
         raise ValueError(f"some layers see only the last {window} tokens: lower --max_length")
     t = Trajectory(0, None, None, list(range(8)))
-    ours = next_logits(policy, SlotCache(), [t], cfg)[0].softmax(-1)  # (V,)
-    ids = torch.tensor([t.ids], device=policy.device)
-    theirs = (policy.model(ids).logits[0, -1].float() / policy.temperature).softmax(-1)  # (V,)
-    gap = (ours - theirs).abs().sum().item()
-    if not gap < 0.05:  # bfloat16's rounding is less; a NaN is not
-        raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head alone")
+    cache = SlotCache()
+    for _ in range(2):  # a prompt, then a token
+        ours = next_logits(policy, cache, [t], cfg)[0].softmax(-1)  # (V,)
+        ids = torch.tensor([t.ids], device=policy.device)
+        theirs = (policy.model(ids).logits[0, -1].float() / policy.temperature).softmax(-1)
+        gap = (ours - theirs).abs().sum().item()
+        if not gap < 0.05:  # bfloat16's rounding is less; a NaN is not
+            raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
+        t.ids.append(1)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: backward computes each layer again. (Under no_grad, nothing changes.)
+
+    Not by transformers' own switch: it needs training mode, with a rollout's cache off, dropout on.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def load_policy(cfg, path):
@@ -416,7 +421,7 @@ def load_policy(cfg, path):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error
     if cfg.device != "cpu":
-        model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        checkpoint_layers(model)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape
     if cfg.compile:
         torch.compiler.config.recompile_limit = 64  # prompts and single tokens, rollout and update
@@ -490,7 +495,6 @@ def responses_of(trajectories):
 
 class SlotCache:
     """Key-value cache in which a token's slot is its position: rows grow at their own length.
-
     Padding lands in slots that later tokens overwrite; until then the mask hides it.
     """
 
@@ -500,7 +504,6 @@ class SlotCache:
 
     def prepare(self, slots, needed):
         """Announce a forward of tokens at `slots` (B, T) < `needed`.
-
         Returns: what is added to attention's scores (B, 1, T, capacity), -inf behind a token.
         """
         self.slots = slots
@@ -530,7 +533,6 @@ class SlotCache:
 
 def next_logits(policy, cache, trajectories, cfg):
     """Logits (B, V) of each trajectory's next token: forwards over what is not in the cache yet.
-
     At most about `micro_batch_tokens` at once: a batch of long prompts could fill the memory.
     """
     width = max(1, cfg.micro_batch_tokens // len(trajectories))
@@ -592,19 +594,20 @@ def action_in(text, tag):
 
 def begin(policy, t, observation, info, cfg):
     """Enter a task into its trajectory: what the environment's `reset` returned."""
-    t.prompt = observation
-    t.task_type = info.get("task_type", "")
     instructions = getattr(t.env, "instructions", "")
     if cfg.action_tag:
         instructions += " Think first, between <think> and </think>; then give your action,"
         instructions += f" between <{cfg.action_tag}> and </{cfg.action_tag}>."
     t.ids = policy.opening_ids(instructions, observation)
+    t.prompt = observation
+    t.task_type = info.get("task_type", "")
     if len(t.ids) + cfg.max_response_tokens > cfg.max_length:
         raise ValueError(f"a prompt of {len(t.ids)} tokens leaves no room: raise --max_length")
 
 
 def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
     """Enter what the environment says to the last response: what its `step` returned."""
+    ids = policy.observation_ids(observation, ended=t.ids[-1] == policy.end)
     response = t.responses[-1]
     response.observation = observation
     response.reward = float(reward)
@@ -614,7 +617,6 @@ def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
     no_action = not action_in(response.text, cfg.action_tag).strip()
     t.invalid += bool(info.get("invalid", no_action))
     t.success = bool(info.get("success", terminated and not truncated and reward > 0))
-    ids = policy.observation_ids(observation, ended=t.ids[-1] == policy.end)
     no_turn = len(t.responses) >= cfg.max_turns
     no_room = len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
     t.truncated = bool(not terminated and (truncated or no_turn or no_room))
@@ -642,7 +644,6 @@ def call(function, argument, in_thread):
 
 def exchange(policy, trajectories, seeds, cfg):
     """Let each environment reset, or step. A crash or a timeout fails its own trajectory.
-
     Those that are `parallel` work at the same time, and have one deadline together.
     """
 
@@ -670,10 +671,9 @@ def exchange(policy, trajectories, seeds, cfg):
 
 def rollout(policy, environments, seeds, group_size, cfg, stream):
     """`group_size` episodes of each seed's task in one batch, turn by turn.
-
     All sample a response together, those that are done with theirs wait; then all environments
     step. `stream` names the random numbers. Each process plays its part of the trajectories.
-    Returns: N trajectories, those of a group one after the other. Raises UsageError.
+    Returns: N trajectories, those of a group one after the other.
     """
     rank, world = rank_and_world()
     count = len(seeds) * group_size
@@ -695,12 +695,15 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
         if t.env is None:
             environments[i] = make_environments(cfg, 1)[0]
         t.env = t.rng = None  # other processes need neither
-    trajectories = sum(gather(trajectories), [])
+    return sum(gather(trajectories), [])
+
+
+def check_crashes(trajectories, cfg):
+    """Raises UsageError, with the first traceback, if most trajectories crashed."""
     errors = [t.error for t in trajectories if t.error]
     if 2 * len(errors) > len(trajectories):
         crashed = f"--env {cfg.env} crashed in {len(errors)} of {len(trajectories)} trajectories"
         raise UsageError(f"{crashed} (--env_timeout 0 keeps it in the main thread):\n{errors[0]}")
-    return trajectories
 
 
 def make_environments(cfg, count=None):
@@ -719,7 +722,6 @@ def make_environments(cfg, count=None):
 
 def sample_batch(policy, environments, cfg, step):
     """Trajectories of `groups` tasks. Dynamic sampling (DAPO) replaces groups that do not vary.
-
     Returns: (trajectories to train on, all that were sampled). Raises UsageError if
     `max_resample` further draws are not enough.
     """
@@ -742,6 +744,7 @@ def sample_batch(policy, environments, cfg, step):
         varied = {g for g, values in rewards.items() if vary(torch.tensor(values).double())}
         kept += [t for t in drawn if draws == 0 or t.group in varied]
         sampled += drawn
+        check_crashes(sampled, cfg)
         if len(kept) == cfg.groups * cfg.group_size:
             return kept, sampled
     found = f"{len(kept) // cfg.group_size} of {len(sampled) // cfg.group_size} groups"
@@ -752,7 +755,6 @@ def sample_batch(policy, environments, cfg, step):
 # ------------------------------------------------------------------------------ 5. update
 def assign_credit(trajectories, cfg):
     """Base advantage A (R,) of every response: its trajectory's against the group's.
-
     Crashed trajectories are missing from their group. Those that compact filtering masks count in
     the baseline. Neither are trained on: A = 0.
     """
@@ -772,7 +774,6 @@ def assign_credit(trajectories, cfg):
 
 def step_advantages(trajectories, group, rule):
     """GiGPO's A_step (R,): discounted returns, compared after the same observation, the anchor.
-
     Source: arXiv:2505.10978. An anchor that is met once in its group gives 0.
     """
     anchors = {}  # (group, observation) -> its number
@@ -790,7 +791,6 @@ def step_advantages(trajectories, group, rule):
 
 def modulate(trajectories, cfg, step):
     """AEM's alpha (R,) of every response; 1 without AEM.
-
     Responses that are not trained on stay out of their group's min, max and mean.
     """
     turns = torch.tensor([len(t.responses) for t in trajectories])
@@ -817,7 +817,6 @@ def micro_batches(trajectories, budget):
 
 def sampled_logps(policy, trajectories):
     """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
-
     The head runs at sampled positions only, in chunks that backward computes again, so that
     (tokens x vocabulary) never exists.
     """
@@ -855,7 +854,6 @@ def record_logps(policy, trajectories, cfg, name):
 
 def policy_loss(policy, batch, cfg):
     """The loss of a micro-batch: a sum over its sampled tokens, of its trajectories' weights.
-
     Returns: (loss, sums over the tokens for the metrics).
     """
     rule = ESTIMATORS[cfg.estimator]
@@ -886,7 +884,6 @@ def policy_loss(policy, batch, cfg):
 
 def accumulate_gradients(policy, trajectories, cfg):
     """Gradients of one optimizer step. Weights are fixed first: micro-batches change nothing.
-
     Each process takes every n-th micro-batch; then gradients and sums are added up.
     Returns: Counter of sums over tokens; empty if there is nothing to learn.
     """
@@ -917,7 +914,6 @@ def accumulate_gradients(policy, trajectories, cfg):
 
 def update(policy, optimizer, trajectories, cfg, step):
     """PPO-clip on one rollout batch: `epochs` passes of `minibatches` optimizer steps.
-
     A step that is not finite is skipped; where no reward varies, there is none. Returns: metrics,
     means over steps, of trajectories with an advantage; logp_gap before the first: rounding.
     """
@@ -925,7 +921,6 @@ def update(policy, optimizer, trajectories, cfg, step):
         record_logps(policy, trajectories, cfg, "logp")
     if cfg.kl_coef:
         record_logps(policy.reference, trajectories, cfg, "reference")
-    policy.recompute_activations(True)
     shuffler = random.Random(f"{cfg.seed}/minibatches/{step}")
     rows, gaps = [], []
     for _ in range(cfg.epochs):
@@ -941,7 +936,6 @@ def update(policy, optimizer, trajectories, cfg, step):
                 shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl")}
                 rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
             optimizer.zero_grad()
-    policy.recompute_activations(False)
     metrics = {"updates": len(rows), "skipped_updates": len(gaps) - len(rows)}
     if gaps:
         metrics["logp_gap"] = gaps[0]
@@ -953,7 +947,6 @@ def update(policy, optimizer, trajectories, cfg, step):
 # ------------------------------------------------------------------------------ 6. training
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm. Step 0 measures the starting policy and trains nothing.
-
     Returns: (trajectories, metrics).
     """
     start = time.perf_counter()
@@ -998,7 +991,6 @@ def batch_metrics(trajectories, sampled):
 
 def evaluate(policy, environments, cfg):
     """One sampled rollout of each evaluation task, with the same random numbers each time.
-
     Returns: (trajectories, metrics).
     """
     start = time.perf_counter()
@@ -1008,6 +1000,7 @@ def evaluate(policy, environments, cfg):
     for first in range(0, len(seeds), size):
         batch = seeds[first : first + size]
         played += rollout(policy, environments, batch, 1, cfg, f"eval/{first}")
+    check_crashes(played, cfg)
     kinds = sorted({t.task_type for t in played if t.task_type})
     return played, {
         "eval_success": fmean(t.success for t in played),
@@ -1077,7 +1070,6 @@ SHOWN = ("success", "reward", "response_entropy", "alpha_min", "alpha_max", "eva
 
 def rank_and_world():
     """This process's number, and how many there are: (0, 1) but under torchrun.
-
     Data parallel: all hold the whole policy, and all trajectories of a batch. Each rolls out its
     part of these, and computes the gradients of its part of the micro-batches.
     """
@@ -1143,7 +1135,6 @@ def save_checkpoint(run, policy, optimizer, step):
 
 def load_checkpoint(run, policy, optimizer):
     """Go back to the newest checkpoint, with the logs as they were then.
-
     Returns: the next step, 0 if there is no checkpoint. Raises UsageError for a broken one.
     """
     state = {"step": -1, "logs": dict.fromkeys(LOGS, "")}
@@ -1249,7 +1240,6 @@ def one_step(policy, optimizer, environments, cfg, step):
 
 def train(cfg):
     """Train a policy; everything lands in the run's folder. Returns: the rows of metrics.jsonl.
-
     Raises UsageError. After SIGINT or SIGTERM it saves, and exits with 130 or 143.
     """
     start = time.perf_counter()
