@@ -20,6 +20,7 @@ V vocabulary. Entropies, surprisals and log-probs are in nats, at the sampling t
 """
 
 import atexit
+import datetime
 import hashlib
 import inspect
 import json
@@ -27,6 +28,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -37,6 +39,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -45,6 +48,7 @@ import jinja2  # comes with torch
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -252,6 +256,7 @@ class Config:
     compile: bool = flag(False, "torch.compile the model")
     # the run
     seed: int = flag(0, "of tasks, sampling and minibatches")
+    date: str = flag("", "that chat templates may print; by default the day the run was begun")
     eval_every: int = flag(20, "steps between evaluations; also the first and the last")
     eval_tasks: int = flag(256, "tasks per evaluation, one rollout of each")
     save_every: int = flag(20, "steps between checkpoints; also at the end, or Ctrl-C")
@@ -269,7 +274,19 @@ class Config:
             least = AT_LEAST.get(name, 0)
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UsageError(f"--{name} must be at least {least} and finite, not {value}")
-        self.out = os.path.abspath(os.path.expanduser(self.out))  # an environment may change folder
+        if self.dataset and (self.env != "code" or self.model == "tiny"):
+            raise UsageError(
+                "--dataset needs --env code and a --model: 'tiny' knows its tasks only"
+            )
+        for name, package in (("lora_rank", "peft"), ("wandb", "wandb")):
+            if getattr(self, name) and find_spec(package) is None:
+                raise UsageError(f"--{name} needs a further package: pip install {package}")
+        for name in ("out", "model", "cache_dir"):  # whole paths: an environment may change folder
+            path = os.path.expanduser(getattr(self, name))
+            if path.startswith("~"):
+                raise UsageError(f"--{name} {path}: this user has no home folder, choose another")
+            if name != "model" or os.path.isdir(path):
+                setattr(self, name, os.path.abspath(path))
         if self.env_timeout is None:
             self.env_timeout = 0.0 if self.env in envs.ENVS else 60.0
         if self.device == "auto":
@@ -285,21 +302,26 @@ LOGITS_AT_ONCE = 2**26  # that an update holds: 256 MB in float32
 class Policy:
     """A causal LM with its tokenizer and chat template. Rollout and update share its weights."""
 
-    def __init__(self, model, tokenizer, temperature=1.0, dtype="float32"):
+    def __init__(self, model, tokenizer, temperature=1.0, dtype="float32", date=""):
         self.model = model.eval()  # and so it stays: no dropout, rollout and update must agree
         self.body = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.tokenizer = tokenizer
-        self.temperature = temperature
-        self.dtype = dtype
         self.device = model.device
+        self.dtype = dtype
+        self.temperature = temperature
         self.reference = None  # for a KL term: the starting policy
-        self.before, self.after, self.end = chat_frame(tokenizer)
-        self.ends = {self.end, tokenizer.eos_token_id}
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.special = re.compile("|".join(re.escape(text) for text in special))
-        self.encode = lru_cache(4096)(partial(encode, tokenizer))
+        self.tokenizer = tokenizer
+        self.date = date
+        self.before, self.after, self.strips, self.end = chat_frame(tokenizer)
+        ends = model.generation_config.eos_token_id  # an id, several, or None
+        self.ends = {
+            self.end,
+            tokenizer.eos_token_id,
+            *(ends if isinstance(ends, list) else [ends]),
+        }
+        self.control, self.spelling = special_tokens(tokenizer, self.ends)
+        self.encode = lru_cache(4096)(self.encode_text)
 
     def autocast(self):
         """Matrix products in bfloat16 from float32 weights, if so asked."""
@@ -317,46 +339,84 @@ class Policy:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.temperature == 1 else logits / self.temperature  # no needless copy
 
+    def encode_text(self, text):
+        """Ids of a text. A special token that the template does not use is a word like others."""
+        ids = []
+        for i in token_ids(self.tokenizer, text):
+            ids += self.spelling.get(i, [i])
+        return ids
+
     def opening_ids(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
-        observation = self.special.sub(" ", observation)  # it can't open or end a turn
-        turns = [("system", instructions), ("user", observation)]
-        try:
-            text = render(self.tokenizer, turns if instructions else turns[1:])
-        except jinja2.TemplateError:  # Gemma's template has no system role
-            text = render(self.tokenizer, [("user", f"{instructions}\n\n{observation}")])
-        return list(self.encode(text))
+        observation = self.control.sub(" ", observation)  # it can't open or end a turn
+        turns = [("user", observation)]
+        if instructions and self.tokenizer.chat_template != envs.TEMPLATE:  # that policy knows them
+            try:
+                text = render(self.tokenizer, [("system", instructions), *turns], self.date)
+            except jinja2.TemplateError:  # Gemma's template has no system role
+                text = ""
+            if instructions.strip() in text:
+                return list(self.encode(text))
+            turns = [("user", f"{instructions}\n\n{observation}")]
+        return list(self.encode(render(self.tokenizer, turns, self.date)))
 
     def observation_ids(self, observation, ended):
         """Ids that an observation adds. They end the agent's turn, unless it has `ended` itself."""
-        observation = self.special.sub(" ", observation).strip()
+        observation = self.control.sub(" ", observation)
+        if self.strips:
+            observation = observation.strip()
         ids = self.encode(self.before + observation + self.after)
-        return ids[ids.index(self.end) + 1 :] if ended else ids
+        return ids[ids.index(self.end) + 1 :] if ended else list(ids)
 
 
-def encode(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False).input_ids
+def token_ids(tokenizer, text, **options):
+    return tokenizer(text, add_special_tokens=False, **options).input_ids
 
 
-def render(tokenizer, turns):
+CONVERSATION = (("user", "task"), ("assistant", "<<response>>"), ("user", " <<observation>> "))
+
+
+def render(tokenizer, turns, date=""):
     """Text of a conversation, pairs (role, content), up to the agent's next response."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    options = {"add_generation_prompt": True, "tokenize": False}
+    if date:  # a template may print today's: then it is this one, on any day
+        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def chat_frame(tokenizer):
     """What a chat template puts between a response and an observation, and after that.
-    Returns: (before, after, id of the end-of-turn token: the first special one in `before`).
+    Returns: (before, after, whether it strips observations, id of the token that ends a turn: the
+    first added one in `before`). Raises ValueError if there is no template, or no such token.
     """
     if not tokenizer.chat_template:
         raise ValueError("its tokenizer has no chat template, use an instruction-tuned model")
-    turns = [("user", "task"), ("assistant", "<<response>>"), ("user", "<<observation>>")]
-    before = render(tokenizer, turns).split("<<response>>")[1]
-    before, after = before.split("<<observation>>")
-    ends = [i for i in encode(tokenizer, before) if i in tokenizer.added_tokens_decoder]
+    text = render(tokenizer, CONVERSATION)
+    strips = " <<observation>> " not in text
+    before = text.split("<<response>>")[1]
+    before, after = before.split("<<observation>>" if strips else " <<observation>> ")
+    ends = [i for i in token_ids(tokenizer, before) if i in tokenizer.added_tokens_decoder]
     if not ends:
         raise ValueError("its chat template ends a response without a special token")
-    return before, after, ends[0]
+    return before, after, strips, ends[0]
+
+
+def special_tokens(tokenizer, ends):
+    """How added tokens are read in an environment's text, which must not open or end a turn.
+    Returns: (pattern of what the template itself uses: it is blanked, {id of any other special
+    token: the ids of its spelling}).
+    """
+    added = tokenizer.added_tokens_decoder
+    used = {
+        i for i in [*token_ids(tokenizer, render(tokenizer, CONVERSATION)), *ends] if i in added
+    }
+    control = re.compile("|".join(re.escape(added[i].content) for i in used))
+    spelling = {}
+    for i, token in added.items():
+        if token.special and i not in used:
+            spelling[i] = token_ids(tokenizer, token.content, split_special_tokens=True)
+    return control, spelling
 
 
 def add_adapter(model, cfg):
@@ -367,6 +427,9 @@ def add_adapter(model, cfg):
         torch.manual_seed(cfg.seed)
         rank = cfg.lora_rank
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    ranks = {adapter.r for adapter in model.peft_config.values()}
+    if cfg.lora_rank and ranks != {cfg.lora_rank}:
+        raise ValueError(f"its adapters have rank {ranks}: give that, or leave out --lora_rank")
     for name, weight in model.named_parameters():
         weight.requires_grad_("lora_" in name)
         if not weight.requires_grad:  # it needs no float32
@@ -375,8 +438,11 @@ def add_adapter(model, cfg):
 
 @torch.no_grad()
 def check_model(policy, cfg):
-    """Raises ValueError for a model that is not head(body(ids)), or sees only a window of ids."""
+    """Raises ValueError for a model that is not head(body(ids)), or sees too few of its ids."""
     config = policy.body.config
+    positions = getattr(config, "max_position_embeddings", None) or cfg.max_length
+    if positions < cfg.max_length:
+        raise ValueError(f"it has {positions} positions: lower --max_length to that")
     window = getattr(config, "sliding_window", None) or cfg.max_length
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if window < cfg.max_length and "sliding_attention" in kinds:
@@ -415,7 +481,7 @@ def load_policy(cfg, path):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         if cfg.lora_rank or getattr(model, "_hf_peft_config_loaded", False):
             add_adapter(model, cfg)
-        policy = Policy(model.to(cfg.device), tokenizer, cfg.temperature, cfg.dtype)
+        policy = Policy(model.to(cfg.device), tokenizer, cfg.temperature, cfg.dtype, cfg.date)
         check_model(policy, cfg)
     except Exception as error:  # whatever loaders, templates and models of others raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -436,14 +502,23 @@ def warm_start(env, cfg):
     sources = [inspect.getsource(module) for module in (inspect.getmodule(type(env)), envs)]
     settings = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, torch.__version__]
     key = hashlib.sha256(json.dumps(settings + sources).encode()).hexdigest()[:16]
-    folder = Path(cfg.cache_dir).expanduser() / key
-    if not folder.exists():
+    folder = Path(cfg.cache_dir) / key
+    sizes = folder / "sizes.json"  # of its files: one that was cut short later on is noticed
+    if not sizes.exists() or json.loads(sizes.read_text()) != file_sizes(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         partial_folder = folder.with_suffix(f".{os.getpid()}")
         partial_folder.mkdir(parents=True)  # shows before the work if it can't be written
         for part in envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise):
             part.save_pretrained(partial_folder)
+        (partial_folder / "sizes.json").write_text(json.dumps(file_sizes(partial_folder)))
         partial_folder.rename(folder)  # complete, or not there at all
     return folder
+
+
+def file_sizes(folder):
+    return {
+        file.name: file.stat().st_size for file in folder.iterdir() if file.name != "sizes.json"
+    }
 
 
 # ------------------------------------------------------------------------------ 4. rollout
@@ -476,6 +551,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
     cached: int = 0  # leading tokens that are in the KV cache
+    seed: int = 0  # of its task
     prompt: str = ""
     task_type: str = ""
     reward: float = 0.0
@@ -570,6 +646,8 @@ def respond(policy, cache, trajectories, cfg):
         uniform = [t.rng.random() if i in live else 0.0 for i, t in enumerate(trajectories)]
         ids = sample(logits, torch.tensor(uniform, dtype=torch.float64).to(policy.device))
         logps, entropies = token_stats(logits, ids)  # (B,) each
+        if entropies.isnan().any():
+            raise UsageError("the policy's logits are not finite any more: lower --lr")
         columns = [ids.tolist(), logps.tolist(), entropies.tolist()]
         for i, (t, token, logp, entropy) in enumerate(zip(trajectories, *columns)):
             if i not in live:
@@ -594,13 +672,13 @@ def action_in(text, tag):
 
 def begin(policy, t, observation, info, cfg):
     """Enter a task into its trajectory: what the environment's `reset` returned."""
-    instructions = getattr(t.env, "instructions", "")
+    instructions = getattr(t.env, "instructions", None) or ""
     if cfg.action_tag:
         instructions += " Think first, between <think> and </think>; then give your action,"
         instructions += f" between <{cfg.action_tag}> and </{cfg.action_tag}>."
     t.ids = policy.opening_ids(instructions, observation)
     t.prompt = observation
-    t.task_type = info.get("task_type", "")
+    t.task_type = str(info.get("task_type") or "")
     if len(t.ids) + cfg.max_response_tokens > cfg.max_length:
         raise ValueError(f"a prompt of {len(t.ids)} tokens leaves no room: raise --max_length")
 
@@ -642,14 +720,14 @@ def call(function, argument, in_thread):
     return future
 
 
-def exchange(policy, trajectories, seeds, cfg):
+def exchange(policy, trajectories, cfg):
     """Let each environment reset, or step. A crash or a timeout fails its own trajectory.
     Those that are `parallel` work at the same time, and have one deadline together.
     """
 
     def ask(t):
         if not t.responses:
-            return t.env.reset(seed=seeds[t.group])
+            return t.env.reset(seed=t.seed)
         return t.env.step(action_in(t.responses[-1].text, cfg.action_tag))
 
     parallel = getattr(trajectories[0].env, "parallel", False)
@@ -669,22 +747,25 @@ def exchange(policy, trajectories, seeds, cfg):
                     t.env = None  # it still runs: a new one takes its place
 
 
-def rollout(policy, environments, seeds, group_size, cfg, stream):
+def rollout(policy, environments, seeds, group_size, cfg, stream, first=0):
     """`group_size` episodes of each seed's task in one batch, turn by turn.
     All sample a response together, those that are done with theirs wait; then all environments
-    step. `stream` names the random numbers. Each process plays its part of the trajectories.
+    step. `stream` names the random numbers, with each one's number from `first` on. Each process
+    plays its part of the trajectories.
     Returns: N trajectories, those of a group one after the other.
     """
     rank, world = rank_and_world()
     count = len(seeds) * group_size
     mine = range(rank * count // world, (rank + 1) * count // world)
-    rngs = [random.Random(f"{cfg.seed}/{stream}/{i}") for i in mine]
-    rows = zip(mine, environments, rngs)
-    trajectories = [Trajectory(i // group_size, env, rng) for i, env, rng in rows]
+    trajectories = []
+    for i, env in zip(mine, environments):
+        rng = random.Random(f"{cfg.seed}/{stream}/{first + i}")
+        group = i // group_size
+        trajectories.append(Trajectory(first + group, env, rng, seed=seeds[group]))
     playing, cache = trajectories, SlotCache()
     with torch.no_grad(), policy.autocast():  # one autocast: weights are rounded to bfloat16 once
         while playing:
-            exchange(policy, playing, seeds, cfg)
+            exchange(policy, playing, cfg)
             rows = [i for i, t in enumerate(playing) if not t.done]
             if len(rows) < len(playing):
                 cache.keep(rows)
@@ -994,12 +1075,15 @@ def evaluate(policy, environments, cfg):
     Returns: (trajectories, metrics).
     """
     start = time.perf_counter()
-    seeds = range(envs.HELD_OUT, envs.HELD_OUT + cfg.eval_tasks)
+    tasks = min(
+        cfg.eval_tasks, getattr(environments[0], "evaluation_tasks", None) or cfg.eval_tasks
+    )
+    seeds = range(envs.HELD_OUT, envs.HELD_OUT + tasks)
     size = cfg.groups * cfg.group_size
     played = []
-    for first in range(0, len(seeds), size):
+    for first in range(0, tasks, size):
         batch = seeds[first : first + size]
-        played += rollout(policy, environments, batch, 1, cfg, f"eval/{first}")
+        played += rollout(policy, environments, batch, 1, cfg, "eval", first)
     check_crashes(played, cfg)
     kinds = sorted({t.task_type for t in played if t.task_type})
     return played, {
@@ -1014,15 +1098,22 @@ def readable(trajectories, step):
     """The best and the worst trajectory of the group whose alphas differ most, as text."""
     widest = max(trajectories, key=lambda t: max((r.alpha for r in t.responses), default=0.0))
     group = [t for t in trajectories if t.group == widest.group]
-    group.sort(key=lambda t: t.reward)
+    if len(group) == 1:  # an evaluation, without groups: the best and the worst of all
+        group = trajectories
+    best, worst = (extreme(group, key=lambda t: (t.success, t.reward)) for extreme in (max, min))
     lines = []
-    for t in (group[-1], group[0]):
-        kind = f"{t.task_type} task".strip()
-        outcome = f"reward {t.reward:.1f} after {len(t.responses)} turns"
-        lines += [f"=== step {step}, {kind}, {outcome}", t.prompt]
+    for t in [best] if best is worst else [best, worst]:
+        outcome = "success" if t.success else "failure"
+        numbers = f"reward {t.reward:.1f} after {len(t.responses)} turns"
+        lines += [f"=== step {step}, {t.task_type} task, {outcome}, {numbers}", t.prompt]
         for r in t.responses:
+            first, *rest = r.text.split("\n")
             numbers = f"H_bar {r.h_bar:.2f}  alpha {r.alpha:.2f}  advantage {r.advantage:+.2f}"
-            lines += [f"  > {r.text:<40} {numbers}", r.observation]
+            lines += [
+                f"  > {first:<40} {numbers}",
+                *(f"    {line}" for line in rest),
+                r.observation,
+            ]
         lines.append(t.error)
     return "\n".join(lines) + "\n"
 
@@ -1046,11 +1137,11 @@ def plot_curves(run, rows):
     figure.savefig(run / "curves.png", dpi=120)
 
 
-def report(run, rows, seconds):
+def report(run, rows, seconds, title):
     """Print success before and after, with the 95 % interval of the last (Wilson, 1927)."""
     rows = [row for row in rows if "eval_success" in row]
     before, after = [{"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1])]
-    print(f"{'held-out success':<20}{'before':>8}{'after':>8}")
+    print(f"{title:<20}{'before':>8}{'after':>8}")
     for kind, success in after.items():
         print(f"{kind:<20}{before.get(kind, math.nan):>8.1%}{success:>8.1%}")
     n, p, z = rows[-1]["eval_tasks"], after["all"], 1.96
@@ -1104,8 +1195,12 @@ def open_run(cfg):
 
 def check_same(run, cfg):
     """Raises UsageError if a run to be resumed has other settings in anything that matters."""
-    then = json.loads((run / "config.json").read_text())
+    try:
+        then = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run / 'config.json'} can't be read ({error})") from error
     cfg.lr = then["lr"] if cfg.lr is None else cfg.lr
+    cfg.date = cfg.date or then["date"]
     differ = [k for k, v in asdict(cfg).items() if k not in MAY_CHANGE and v != then.get(k)]
     if differ:
         raise UsageError(f"{run} has another --{', --'.join(differ)}: use its, or another --name")
@@ -1113,7 +1208,16 @@ def check_same(run, cfg):
 
 def checkpoints(run):
     """The run's checkpoints, the oldest first."""
-    return sorted((run / "checkpoints").glob("step-??????.pt"))
+    return sorted((run / "checkpoints").glob(f"step-{6 * '[0-9]'}.pt"))
+
+
+@contextmanager
+def written(path):
+    """What libraries make of a full disk becomes an OSError again."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def save_checkpoint(run, policy, optimizer, step):
@@ -1127,7 +1231,8 @@ def save_checkpoint(run, policy, optimizer, step):
     }
     new = run / "checkpoints" / f"step-{step:06}.pt"
     new.parent.mkdir(exist_ok=True)
-    torch.save(state, new.with_suffix(".partial"))
+    with written(new):
+        torch.save(state, new.with_suffix(".partial"))
     new.with_suffix(".partial").rename(new)  # complete, or not there at all
     for old in checkpoints(run)[:-2]:
         old.unlink()
@@ -1156,8 +1261,9 @@ def load_checkpoint(run, policy, optimizer):
 def export(run, policy):
     """The model as `save_pretrained` writes it: what --model and transformers load."""
     if rank_and_world()[0] == 0:
-        policy.model.save_pretrained(run / "checkpoint")
-        policy.tokenizer.save_pretrained(run / "checkpoint")
+        with written(run / "checkpoint"):
+            policy.model.save_pretrained(run / "checkpoint")
+            policy.tokenizer.save_pretrained(run / "checkpoint")
     gather(None)  # nobody leaves before it is written: torchrun would end the others
 
 
@@ -1209,6 +1315,7 @@ def set_up(cfg):
         environments = make_environments(cfg)
         if checkpoints(run):
             check_same(run, cfg)
+        cfg.date = cfg.date or time.strftime("%Y-%m-%d")
         source = cfg.model
         if source == "tiny":
             source = gather(warm_start(environments[0], cfg) if first else None)[0]
@@ -1273,12 +1380,14 @@ def train(cfg):
             bar.update()
             if stop:
                 break
-    if cfg.steps > 0:
-        export(run, policy)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     if first:
         plot_curves(run, rows)
-        report(run, rows, time.perf_counter() - start)
+        held_out = getattr(environments[0], "held_out", False)  # else other seeds of the same tasks
+        title = "held-out success" if held_out else "evaluation success"
+        report(run, rows, time.perf_counter() - start, title)
+    if cfg.steps > 0:
+        export(run, policy)
     if stop:
         print(f"stopped: --name {run.name} --resume auto goes on", file=sys.stderr)
         sys.exit(128 + stop)
@@ -1287,7 +1396,8 @@ def train(cfg):
 
 def main():
     """The command line: one flag for each field of Config."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[1])
+    texts = {"description": __doc__.split("\n\n")[1], "usage": "aem.py [--flag value]"}
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **texts)
     cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
         if unknown:
@@ -1296,6 +1406,8 @@ def main():
         return
     except (UsageError, envs.SandboxError, OSError, ImportError) as error:
         message = error
+        if os.path.isdir(cfg.out) and shutil.disk_usage(cfg.out).free < 2**20:
+            message = f"the disk of --out {cfg.out} is full ({error})"
     except KeyboardInterrupt:  # before the first step, or the second one
         sys.exit(130)
     except torch.OutOfMemoryError as error:
