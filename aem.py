@@ -5,7 +5,7 @@ the policy was over each complete *response*, and rescales that response's advan
 
     sample_batch    roll out groups of trajectories, a task each; record every token's entropy
     assign_credit   A: a trajectory's reward against its group's, for each of its responses
-    modulate        alpha = exp(-lambda H~) / mean exp(-lambda H~): below 1 where H_bar is high
+    modulate        alpha = exp(-lambda H~) / mean exp(-lambda H~): smaller where H_bar is higher
     train_step      A_AEM = alpha A
     update          PPO-clip with A_AEM, on the sampled tokens only
 
@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -88,7 +88,8 @@ def aem_coefficients(h_bar, group, lam=1.0, min_range=0.1, direction="normal", g
     Source: AEM; exp(-lam H~) / mean is EMPG's scaling (arXiv:2509.09265), here within a group G.
     A group whose H_bar spans less than `min_range` nats holds nothing but noise: alpha = 1.
     Ablations: 'reverse' takes 1 - H~ for H~, 'shuffle' permutes the alphas of each group.
-    Args: h_bar (R,), mean token entropy of each response; group (R,), its task. Returns: (R,).
+    Args: h_bar (R,), mean token entropy of each response; group (R,) integers, the G that it
+    belongs to. Returns: (R,).
     >>> aem_coefficients(torch.tensor([0.2, 1.2]), torch.tensor([0, 0]))
     tensor([1.4621, 0.5379])
     """
@@ -97,7 +98,7 @@ def aem_coefficients(h_bar, group, lam=1.0, min_range=0.1, direction="normal", g
         member = group == g
         h = h_bar[member]  # (R_g,)
         if direction == "shuffle":
-            h = h[torch.randperm(len(h), generator=generator)]
+            h = h[torch.randperm(len(h), generator=generator)]  # and the alphas with them
         low, high = h.min(), h.max()
         if high - low < min_range or high == low:
             continue
@@ -236,9 +237,9 @@ class Config:
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
     max_turns: int | None = flag(None, "responses per trajectory; by default the env's")
-    max_response_tokens: int | None = flag(None, "tokens per response; also the env's")
+    max_response_tokens: int | None = flag(None, "tokens per response; by default the env's")
     max_length: int = flag(4096, "tokens per trajectory, prompt and observations too")
-    env_timeout: float | None = flag(None, "seconds a step may take; 60 for others' envs; 0: any")
+    env_timeout: float | None = flag(None, "seconds a step may take; 0: no limit; others' envs: 60")
     action_tag: str = flag("", "'action': only <action>...</action> reaches the environment")
     temperature: float = flag(1.0, "sampling temperature; pi and entropies are meant at it")
     # update
@@ -248,7 +249,7 @@ class Config:
     epochs: int = flag(1, "passes of the update over one rollout batch")
     minibatches: int = flag(2, "optimizer steps per pass")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
-    recompute_old_logps: bool = flag(False, "old log-probs by the update's forward: bf16's gap")
+    recompute_old_logps: bool = flag(False, "old log-probs by the update's forward, for bf16")
     # machine
     device: str = flag("auto", "'cpu', 'cuda', ...; 'auto': a GPU for all but 'tiny'")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of matrix products")
@@ -262,14 +263,14 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints; also at the end, or Ctrl-C")
     out: str = flag("runs", "folder that holds the runs")
     name: str = flag("", "the run's folder in --out; by default numbered")
-    resume: Literal["", "auto"] = flag("", "'auto': go on with the run --name, or begin it")
+    resume: Literal["", "auto"] = flag("", "'auto': go on with the run --name, or the newest alike")
     wandb: str = flag("", "send metrics to this project of Weights & Biases too")
     warm_steps: int = flag(1000, "imitation steps that warm-start the 'tiny' policy")
     warm_noise: float = flag(0.35, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept")
 
     def check(self):
-        """Settle what is None or 'auto'. Raises UsageError for a number out of bounds."""
+        """Raises UsageError for what can't work. Settles paths, time limit, device and dtype."""
         for name, value in asdict(self).items():
             least = AT_LEAST.get(name, 0)
             if isinstance(value, int | float) and not least <= value < math.inf:
@@ -296,14 +297,14 @@ class Config:
 
 
 # ------------------------------------------------------------------------------ 3. the policy
-LOGITS_AT_ONCE = 2**26  # that an update holds: 256 MB in float32
+LOGITS_AT_ONCE = 2**26  # in an update: 256 MB in float32
 
 
 class Policy:
     """A causal LM with its tokenizer and chat template. Rollout and update share its weights."""
 
     def __init__(self, model, tokenizer, temperature=1.0, dtype="float32", date=""):
-        self.model = model.eval()  # and so it stays: no dropout, rollout and update must agree
+        self.model = model.eval()  # for good: dropout would part rollout and update
         self.body = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -333,7 +334,7 @@ class Policy:
             return self.body(input_ids=ids, **kwargs).last_hidden_state
 
     def logits(self, hidden):
-        """Logits at the sampling temperature, float32 or better: (..., D) -> (..., V)."""
+        """Logits at the sampling temperature, as float32: (..., D) -> (..., V)."""
         with self.autocast():
             logits = self.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -361,7 +362,7 @@ class Policy:
         return list(self.encode(render(self.tokenizer, turns, self.date)))
 
     def observation_ids(self, observation, ended):
-        """Ids that an observation adds. They end the agent's turn, unless it has `ended` itself."""
+        """Ids that an observation adds. They end the agent's turn, too, if it has not `ended`."""
         observation = self.control.sub(" ", observation)
         if self.strips:
             observation = observation.strip()
@@ -438,9 +439,12 @@ def add_adapter(model, cfg):
 
 @torch.no_grad()
 def check_model(policy, cfg):
-    """Raises ValueError for a model that is not head(body(ids)), or sees too few of its ids."""
+    """Raises ValueError for a model that is not head(body(ids)), or sees its ids otherwise."""
     config = policy.body.config
     positions = getattr(config, "max_position_embeddings", None) or cfg.max_length
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond these, they turn with the length
+        positions = rope.get("original_max_position_embeddings", positions)
     if positions < cfg.max_length:
         raise ValueError(f"it has {positions} positions: lower --max_length to that")
     window = getattr(config, "sliding_window", None) or cfg.max_length
@@ -452,21 +456,25 @@ def check_model(policy, cfg):
     for _ in range(2):  # a prompt, then a token
         ours = next_logits(policy, cache, [t], cfg)[0].softmax(-1)  # (V,)
         ids = torch.tensor([t.ids], device=policy.device)
-        theirs = (policy.model(ids).logits[0, -1].float() / policy.temperature).softmax(-1)
+        theirs = policy.model(ids).logits[0, -1].float().softmax(-1)
         gap = (ours - theirs).abs().sum().item()
-        if not gap < 0.05:  # bfloat16's rounding is less; a NaN is not
+        if math.isnan(gap):
+            raise ValueError("its weights are not finite")
+        if gap > 0.05:
             raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
         t.ids.append(1)
 
 
-def checkpoint_layers(model):
-    """Gradient checkpointing: backward computes each layer again. (Under no_grad, nothing changes.)
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-    Not by transformers' own switch: it needs training mode, with a rollout's cache off, dropout on.
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: backward computes each layer again; without gradient, no effect.
+    transformers' own switch needs training mode, which turns the cache off and dropout on.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(recomputed, layer.forward)
 
 
 def load_policy(cfg, path):
@@ -482,7 +490,7 @@ def load_policy(cfg, path):
         if cfg.lora_rank or getattr(model, "_hf_peft_config_loaded", False):
             add_adapter(model, cfg)
         policy = Policy(model.to(cfg.device), tokenizer, cfg.temperature, cfg.dtype, cfg.date)
-        check_model(policy, cfg)
+        check_model(Policy(model, tokenizer), cfg)  # in float32, at temperature 1
     except Exception as error:  # whatever loaders, templates and models of others raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error
@@ -505,13 +513,13 @@ def warm_start(env, cfg):
     folder = Path(cfg.cache_dir) / key
     sizes = folder / "sizes.json"  # of its files: one that was cut short later on is noticed
     if not sizes.exists() or json.loads(sizes.read_text()) != file_sizes(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder = folder.with_suffix(f".{os.getpid()}")
-        partial_folder.mkdir(parents=True)  # shows before the work if it can't be written
+        unfinished = folder.with_suffix(f".{os.getpid()}")
+        unfinished.mkdir(parents=True, exist_ok=True)  # shows now if it can't be written
         for part in envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise):
-            part.save_pretrained(partial_folder)
-        (partial_folder / "sizes.json").write_text(json.dumps(file_sizes(partial_folder)))
-        partial_folder.rename(folder)  # complete, or not there at all
+            part.save_pretrained(unfinished)
+        (unfinished / "sizes.json").write_text(json.dumps(file_sizes(unfinished)))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)  # complete, or not there at all
     return folder
 
 
@@ -609,7 +617,7 @@ class SlotCache:
 
 def next_logits(policy, cache, trajectories, cfg):
     """Logits (B, V) of each trajectory's next token: forwards over what is not in the cache yet.
-    At most about `micro_batch_tokens` at once: a batch of long prompts could fill the memory.
+    At most about `micro_batch_tokens` at once, as a batch of long prompts could exceed the memory.
     """
     width = max(1, cfg.micro_batch_tokens // len(trajectories))
     longest = max(len(t.ids) - t.cached for t in trajectories)
@@ -620,12 +628,13 @@ def next_logits(policy, cache, trajectories, cfg):
         ids = torch.tensor([piece + [0] * (columns - len(piece)) for piece in pieces])  # (B, T)
         slots = torch.tensor(starts).unsqueeze(-1) + torch.arange(columns)  # (B, T)
         mask = cache.prepare(slots.to(policy.device), max(starts) + columns)
-        inputs = {"position_ids": cache.slots, "attention_mask": mask, "past_key_values": cache}
+        positions = cache.slots.clamp_max(cfg.max_length - 1)  # of padding: any that there is
+        inputs = {"position_ids": positions, "attention_mask": mask, "past_key_values": cache}
         hidden = policy.hidden(ids.to(policy.device), use_cache=True, **inputs)  # (B, T, D)
         for t, start, piece in zip(trajectories, starts, pieces):
             t.cached = start + len(piece)
-    ends = torch.tensor([len(piece) - 1 for piece in pieces])
-    return policy.logits(hidden[torch.arange(len(ends)), ends])  # (B, D) -> (B, V)
+    last = torch.tensor([len(piece) - 1 for piece in pieces])
+    return policy.logits(hidden[torch.arange(len(last)), last])  # (B, D) -> (B, V)
 
 
 def sample(logits, uniform):
@@ -636,30 +645,33 @@ def sample(logits, uniform):
     return ids.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
+@torch.no_grad()
 def respond(policy, cache, trajectories, cfg):
     """Every trajectory samples one response, token by token, until all have ended theirs."""
     for t in trajectories:
         t.responses.append(Response(start=len(t.ids)))
     live = set(range(len(trajectories)))  # rows whose response goes on; the others wait
-    while live:
-        logits = next_logits(policy, cache, trajectories, cfg)  # (B, V)
-        uniform = [t.rng.random() if i in live else 0.0 for i, t in enumerate(trajectories)]
-        ids = sample(logits, torch.tensor(uniform, dtype=torch.float64).to(policy.device))
-        logps, entropies = token_stats(logits, ids)  # (B,) each
-        if entropies.isnan().any():
-            raise UsageError("the policy's logits are not finite any more: lower --lr")
-        columns = [ids.tolist(), logps.tolist(), entropies.tolist()]
-        for i, (t, token, logp, entropy) in enumerate(zip(trajectories, *columns)):
-            if i not in live:
-                continue
-            response = t.responses[-1]
-            t.ids.append(token)
-            response.logp.append(logp)
-            response.entropy.append(entropy)
-            if token in policy.ends or len(response.logp) == cfg.max_response_tokens:
-                live.remove(i)
-                ids = t.ids[response.start :]
-                response.text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    with policy.autocast():  # one for all tokens: weights are rounded to bfloat16 once
+        while live:
+            logits = next_logits(policy, cache, trajectories, cfg)  # (B, V)
+            uniform = [t.rng.random() if i in live else 0.0 for i, t in enumerate(trajectories)]
+            ids = sample(logits, torch.tensor(uniform, dtype=torch.float64).to(policy.device))
+            logps, entropies = token_stats(logits, ids)  # (B,) each
+            if entropies.isnan().any():
+                raise UsageError("the policy's logits are not finite any more: lower --lr")
+            columns = (ids.tolist(), logps.tolist(), entropies.tolist())
+            for i, (t, token, logp, entropy) in enumerate(zip(trajectories, *columns)):
+                if i not in live:
+                    continue
+                response = t.responses[-1]
+                t.ids.append(token)
+                response.logp.append(logp)
+                response.entropy.append(entropy)
+                if token in policy.ends or len(response.logp) == cfg.max_response_tokens:
+                    live.remove(i)
+    for t in trajectories:
+        ids = t.ids[t.responses[-1].start :]
+        t.responses[-1].text = policy.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def action_in(text, tag):
@@ -722,7 +734,7 @@ def call(function, argument, in_thread):
 
 def exchange(policy, trajectories, cfg):
     """Let each environment reset, or step. A crash or a timeout fails its own trajectory.
-    Those that are `parallel` work at the same time, and have one deadline together.
+    Environments marked `parallel` run at the same time, under one deadline.
     """
 
     def ask(t):
@@ -738,20 +750,20 @@ def exchange(policy, trajectories, cfg):
             enter = observe if t.responses else begin
             try:
                 enter(policy, t, *future.result(timeout=0), cfg)
-            except envs.SandboxError:  # nobody's failure: the run stops
+            except envs.SandboxError:  # not the environment's failure: the run stops
                 raise
-            except (Exception, SystemExit) as error:  # counted and shown
+            except (Exception, SystemExit):  # counted and shown
                 t.error = traceback.format_exc()
                 t.reward, t.success, t.done = 0.0, False, True
-                if isinstance(error, TimeoutError):
-                    t.env = None  # it still runs: a new one takes its place
+                t.env = None  # it may still run: a new one takes its place
 
 
 def rollout(policy, environments, seeds, group_size, cfg, stream, first=0):
     """`group_size` episodes of each seed's task in one batch, turn by turn.
-    All sample a response together, those that are done with theirs wait; then all environments
-    step. `stream` names the random numbers, with each one's number from `first` on. Each process
-    plays its part of the trajectories.
+
+    All sample a response together, and those whose response has ended wait; then every environment
+    steps. `stream`, and a trajectory's number from `first` on, name its random numbers. Each
+    process plays its part of the trajectories.
     Returns: N trajectories, those of a group one after the other.
     """
     rank, world = rank_and_world()
@@ -762,16 +774,16 @@ def rollout(policy, environments, seeds, group_size, cfg, stream, first=0):
         rng = random.Random(f"{cfg.seed}/{stream}/{first + i}")
         group = i // group_size
         trajectories.append(Trajectory(first + group, env, rng, seed=seeds[group]))
-    playing, cache = trajectories, SlotCache()
-    with torch.no_grad(), policy.autocast():  # one autocast: weights are rounded to bfloat16 once
-        while playing:
-            exchange(policy, playing, cfg)
-            rows = [i for i, t in enumerate(playing) if not t.done]
-            if len(rows) < len(playing):
-                cache.keep(rows)
-                playing = [playing[i] for i in rows]
-            if playing:
-                respond(policy, cache, playing, cfg)
+    playing = trajectories
+    cache = SlotCache()
+    while playing:
+        exchange(policy, playing, cfg)
+        live = [i for i, t in enumerate(playing) if not t.done]
+        if len(live) < len(playing):
+            cache.keep(live)
+            playing = [playing[i] for i in live]
+        if playing:
+            respond(policy, cache, playing, cfg)
     for i, t in enumerate(trajectories):
         if t.env is None:
             environments[i] = make_environments(cfg, 1)[0]
@@ -784,7 +796,7 @@ def check_crashes(trajectories, cfg):
     errors = [t.error for t in trajectories if t.error]
     if 2 * len(errors) > len(trajectories):
         crashed = f"--env {cfg.env} crashed in {len(errors)} of {len(trajectories)} trajectories"
-        raise UsageError(f"{crashed} (--env_timeout 0 keeps it in the main thread):\n{errors[0]}")
+        raise UsageError(f"{crashed}, first of all:\n{errors[0]}")
 
 
 def make_environments(cfg, count=None):
@@ -794,11 +806,21 @@ def make_environments(cfg, count=None):
     options = {"max_turns": cfg.max_turns} if cfg.env in envs.ENVS else {}
     if cfg.dataset:
         options["dataset"] = cfg.dataset
-    environments = [envs.make(cfg.env, **options) for _ in range(count)]
+    try:
+        environments = [envs.make(cfg.env, **options) for _ in range(count)]
+    except ValueError as error:
+        raise UsageError(error) from error
     for name, fallback in (("max_turns", 12), ("max_response_tokens", 16)):
         if getattr(cfg, name) is None:
             setattr(cfg, name, getattr(environments[0], name, fallback))
     return environments
+
+
+def overlong_penalty(t, cfg):
+    """DAPO's soft penalty, 0 to 1: linear over the last share of the longest response."""
+    share = ESTIMATORS[cfg.estimator].overlong
+    longest = max((len(r.logp) for r in t.responses), default=0) / cfg.max_response_tokens
+    return (longest - 1 + share) / share if longest > 1 - share else 0.0
 
 
 def sample_batch(policy, environments, cfg, step):
@@ -814,16 +836,14 @@ def sample_batch(policy, environments, cfg, step):
         missing = cfg.groups - len(kept) // cfg.group_size
         seeds = tasks.sample(range(envs.HELD_OUT), missing)
         drawn = rollout(policy, environments, seeds, cfg.group_size, cfg, f"train/{step}/{draw}")
-        rewards = defaultdict(list)
         for t in drawn:
             t.group += draw * cfg.groups
-            longest = max((len(r.logp) for r in t.responses), default=0) / cfg.max_response_tokens
-            if longest > 1 - rule.overlong:  # DAPO's soft penalty: linear, at most 1
-                t.penalty = (longest - 1 + rule.overlong) / rule.overlong
-            if not t.error:
-                rewards[t.group].append(t.reward - t.penalty)
-        varied = {g for g, values in rewards.items() if vary(torch.tensor(values).double())}
-        kept += [t for t in drawn if draws == 0 or t.group in varied]
+            t.penalty = overlong_penalty(t, cfg)
+        for i in range(0, len(drawn), cfg.group_size):
+            group = drawn[i : i + cfg.group_size]
+            rewards = [t.reward - t.penalty for t in group if not t.error]
+            if draws == 0 or (rewards and vary(torch.tensor(rewards).double())):
+                kept += group
         sampled += drawn
         check_crashes(sampled, cfg)
         if len(kept) == cfg.groups * cfg.group_size:
@@ -836,21 +856,22 @@ def sample_batch(policy, environments, cfg, step):
 # ------------------------------------------------------------------------------ 5. update
 def assign_credit(trajectories, cfg):
     """Base advantage A (R,) of every response: its trajectory's against the group's.
-    Crashed trajectories are missing from their group. Those that compact filtering masks count in
-    the baseline. Neither are trained on: A = 0.
+
+    A crashed trajectory is missing from its group; one that compact filtering masks counts in the
+    baseline. Neither is trained on: it is `masked`, and A = 0.
     """
     rule = ESTIMATORS[cfg.estimator]
     group = [-1 - i if t.error else t.group for i, t in enumerate(trajectories)]  # a crash: alone
     rewards = torch.tensor([t.reward - t.penalty for t in trajectories], dtype=torch.float64)
     advantages = group_advantages(rewards, torch.tensor(group), rule.advantage)  # (N,)
+    for t in trajectories:
+        t.masked = bool(t.error or (rule.compact_filtering and t.truncated))
     turns = torch.tensor([len(t.responses) for t in trajectories])
+    trained = torch.tensor([not t.masked for t in trajectories]).repeat_interleave(turns)
     advantages = advantages.repeat_interleave(turns)  # (N,) -> (R,)
     if rule.step_weight:
         advantages += rule.step_weight * step_advantages(trajectories, group, rule)
-    for t in trajectories:
-        t.masked = bool(t.error or (rule.compact_filtering and t.truncated))
-    trained = torch.tensor([not t.masked for t in trajectories])
-    return advantages * trained.repeat_interleave(turns)
+    return advantages * trained
 
 
 def step_advantages(trajectories, group, rule):
@@ -872,14 +893,18 @@ def step_advantages(trajectories, group, rule):
 
 def modulate(trajectories, cfg, step):
     """AEM's alpha (R,) of every response; 1 without AEM.
-    Responses that are not trained on stay out of their group's min, max and mean.
+
+    Responses that are not trained on stay out of the min, max and mean of their G.
     """
-    turns = torch.tensor([len(t.responses) for t in trajectories])
-    scope = {"group": [t.group for t in trajectories], "trajectory": range(len(trajectories))}
-    scope = torch.tensor(scope.get(cfg.aem_scope, [0] * len(trajectories)))  # (N,)
-    scope = scope.repeat_interleave(turns)  # (N,) -> (R,)
-    used = torch.tensor([cfg.aem and not t.masked for t in trajectories]).repeat_interleave(turns)
-    h_bar = torch.tensor([r.h_bar for r in responses_of(trajectories)], dtype=torch.float64)
+    scope, h_bar, used = [], [], []  # (R,) each
+    for i, t in enumerate(trajectories):
+        member_of = {"group": t.group, "trajectory": i, "batch": 0}[cfg.aem_scope]
+        for r in t.responses:
+            scope.append(member_of)
+            h_bar.append(r.h_bar)
+            used.append(cfg.aem and not t.masked)
+    scope, used = torch.tensor(scope), torch.tensor(used)
+    h_bar = torch.tensor(h_bar, dtype=torch.float64)
     shuffler = torch.Generator().manual_seed(hash((cfg.seed, step)))
     settings = (cfg.lam, cfg.min_range, cfg.aem_direction, shuffler)
     alpha = torch.ones_like(h_bar)
@@ -917,7 +942,7 @@ def sampled_logps(policy, trajectories):
 
     size = max(1, LOGITS_AT_ONCE // policy.head.out_features)
     chunks = zip(hidden.split(size), ids.flatten()[spots].split(size))
-    return torch.cat([checkpoint(logps, h, y, use_reentrant=False) for h, y in chunks])
+    return torch.cat([recomputed(logps, h, y) for h, y in chunks])
 
 
 @torch.no_grad()
@@ -939,23 +964,23 @@ def policy_loss(policy, batch, cfg):
     """
     rule = ESTIMATORS[cfg.estimator]
     table = []  # a line per sampled token
-    for row, t in enumerate(batch):
+    for t in batch:
         for r in t.responses:
             for old_and_reference in zip(r.logp, r.reference or r.logp):
-                table.append((row, t.weight, r.advantage, *old_and_reference))
+                table.append((t.weight, r.advantage, *old_and_reference))
     precision = torch.promote_types(policy.model.dtype, torch.float32)
-    table = torch.tensor(table, dtype=precision, device=policy.device)  # (n, 5)
-    row, weight, advantage, old_logp, reference = table.T  # (n,) each
+    table = torch.tensor(table, dtype=precision, device=policy.device)  # (n, 4)
+    weight, advantage, old_logp, reference = table.T  # (n,) each
     logp = sampled_logps(policy, batch)  # (n,)
     gap = logp.detach() - old_logp
-    anchor = old_logp
+    centre = old_logp  # the ratio is exp(logp - centre)
     if rule.sequence_ratio:
-        # GSPO: the ratio's value is the trajectory's, s = exp(mean_l (logp - old_logp)), and its
-        # gradient each token's own: exp(logp - anchor) with anchor = sg[logp] - log s
-        row = row.long()
-        log_s = gap.new_zeros(len(batch)).index_add(0, row, gap) / row.bincount()  # (B,)
-        anchor = logp.detach() - log_s[row]
-    loss, clipped = clipped_loss(logp, anchor, advantage, rule.clip_low, rule.clip_high)
+        # GSPO: its value is the trajectory's, s = exp(mean_l (logp - old_logp)), its gradient each
+        # token's own: centre = sg[logp] - log s
+        lengths = [sum(len(r.logp) for r in t.responses) for t in batch]
+        log_s = [gaps.mean().expand_as(gaps) for gaps in gap.split(lengths)]
+        centre = logp.detach() - torch.cat(log_s)
+    loss, clipped = clipped_loss(logp, centre, advantage, rule.clip_low, rule.clip_high)  # (n,)
     d = reference - logp if cfg.kl_coef else torch.zeros_like(logp)
     kl = torch.exp(d) - d - 1  # k3 (Schulman, 2020): estimates KL(pi || pi_ref), never negative
     loss = (weight * (loss + cfg.kl_coef * kl)).sum()
@@ -964,18 +989,20 @@ def policy_loss(policy, batch, cfg):
 
 
 def accumulate_gradients(policy, trajectories, cfg):
-    """Gradients of one optimizer step. Weights are fixed first: micro-batches change nothing.
+    """Gradients of one optimizer step, whose tokens are weighted before it is split.
     Each process takes every n-th micro-batch; then gradients and sums are added up.
     Returns: Counter of sums over tokens; empty if there is nothing to learn.
     """
+    learners = [t for t in trajectories if any(r.advantage for r in t.responses)]
+    if not learners:
+        return Counter()
     tokens = [0 if t.masked else sum(len(r.logp) for r in t.responses) for t in trajectories]
     longest = min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
     loss_mean = ESTIMATORS[cfg.estimator].loss_mean
     weights = token_weights(torch.tensor(tokens).double(), loss_mean, longest)
     for t, weight in zip(trajectories, weights.tolist()):
         t.weight = weight
-    learners = [t for t in trajectories if any(r.advantage for r in t.responses)]
-    if learners and cfg.kl_coef:  # the others have no gradient, but for the KL term's
+    if cfg.kl_coef:  # the others have no gradient, but for the KL term's
         learners = [t for t, n in zip(trajectories, tokens) if n > 0]
     rank, world = rank_and_world()
     sums = Counter()
@@ -983,7 +1010,7 @@ def accumulate_gradients(policy, trajectories, cfg):
         loss, counts = policy_loss(policy, batch, cfg)
         loss.backward()
         sums.update(counts)
-    if learners and world > 1:
+    if world > 1:
         for p in policy.weights:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
@@ -996,7 +1023,8 @@ def accumulate_gradients(policy, trajectories, cfg):
 def update(policy, optimizer, trajectories, cfg, step):
     """PPO-clip on one rollout batch: `epochs` passes of `minibatches` optimizer steps.
     A step that is not finite is skipped; where no reward varies, there is none. Returns: metrics,
-    means over steps, of trajectories with an advantage; logp_gap before the first: rounding.
+    means over optimizer steps, of trajectories with an advantage; `logp_gap` is taken before the
+    first of them, where it is rounding alone.
     """
     if cfg.recompute_old_logps:
         record_logps(policy, trajectories, cfg, "logp")
@@ -1034,7 +1062,7 @@ def train_step(policy, optimizer, environments, cfg, step):
     trajectories, sampled = sample_batch(policy, environments, cfg, step)
     rolled_out = time.perf_counter()
     advantages = assign_credit(trajectories, cfg)  # A (R,)
-    alphas = modulate(trajectories, cfg, step)  # alpha (R,), of mean 1 in each group
+    alphas = modulate(trajectories, cfg, step)  # alpha (R,), of mean 1 in each G
     columns = (advantages.tolist(), alphas.tolist())
     for r, A, alpha in zip(responses_of(trajectories), *columns):
         r.alpha = alpha
@@ -1048,7 +1076,7 @@ def train_step(policy, optimizer, environments, cfg, step):
 
 
 def batch_metrics(trajectories, sampled):
-    """Means over all that was `sampled`; alphas, signs and masks of what is trained on."""
+    """Means over all `sampled` trajectories; alphas, signs and masks of those to train on."""
     responses, trained = responses_of(sampled), responses_of(trajectories)
     return {
         "success": fmean(t.success for t in sampled),
@@ -1089,13 +1117,14 @@ def evaluate(policy, environments, cfg):
     return played, {
         "eval_success": fmean(t.success for t in played),
         "eval_tasks": len(played),
+        "eval_errors": sum(t.error != "" for t in played),
         "eval_by_type": {k: fmean(t.success for t in played if t.task_type == k) for k in kinds},
         "eval_seconds": time.perf_counter() - start,
     }
 
 
 def readable(trajectories, step):
-    """The best and the worst trajectory of the group whose alphas differ most, as text."""
+    """The best and the worst trajectory of the group with the largest alpha, as text."""
     widest = max(trajectories, key=lambda t: max((r.alpha for r in t.responses), default=0.0))
     group = [t for t in trajectories if t.group == widest.group]
     if len(group) == 1:  # an evaluation, without groups: the best and the worst of all
@@ -1131,9 +1160,10 @@ def plot_curves(run, rows):
     for axis, (title, lines) in zip(figure.subplots(1, 3), panels.items()):
         for name, label in lines.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), ".-" if name == "eval_success" else "-", label=label)
+            if points:
+                axis.plot(*zip(*points), ".-" if name == "eval_success" else "-", label=label)
+                axis.legend()
         axis.set(title=title, xlabel="training step", ylim=(0, None))
-        axis.legend()
     figure.savefig(run / "curves.png", dpi=120)
 
 
@@ -1160,7 +1190,7 @@ SHOWN = ("success", "reward", "response_entropy", "alpha_min", "alpha_max", "eva
 
 
 def rank_and_world():
-    """This process's number, and how many there are: (0, 1) but under torchrun.
+    """This process's number, and how many there are: (0, 1) without torchrun.
     Data parallel: all hold the whole policy, and all trajectories of a batch. Each rolls out its
     part of these, and computes the gradients of its part of the micro-batches.
     """
@@ -1178,13 +1208,13 @@ def gather(value):
 def open_run(cfg):
     """The run's folder: a new one, or the one to resume. Raises UsageError."""
     stem = f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
-    begun = sorted(Path(cfg.out).glob(f"{stem}-*"), key=lambda run: run.stat().st_mtime)
+    begun = [run for run in Path(cfg.out).glob(f"{stem}-*") if checkpoints(run)]
     number = 1
     while (Path(cfg.out) / f"{stem}-{number}").exists():
         number += 1
     run = Path(cfg.out) / (cfg.name or f"{stem}-{number}")
     if cfg.resume and begun and not cfg.name:
-        run = begun[-1]
+        run = max(begun, key=lambda run: (run / "checkpoints").stat().st_mtime)
     try:
         run.mkdir(parents=True, exist_ok=cfg.resume == "auto")
     except OSError as error:
@@ -1276,6 +1306,9 @@ def record(run, row, trajectories, cfg):
     errors = [t.error for t in trajectories if t.error]
     if errors and not (run / "env_error.txt").exists():
         (run / "env_error.txt").write_text(errors[0], "utf-8", "backslashreplace")
+    if row.get("updates") == 0:
+        why = "no gradient is finite" if row["skipped_updates"] else "no reward varies in any group"
+        tqdm.write(f"step {row['step']}: no update, as {why}")
     if cfg.wandb:
         import wandb  # pip install wandb
 
@@ -1373,19 +1406,18 @@ def train(cfg):
                 record(run, row, trajectories, cfg)
                 if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                     save_checkpoint(run, policy, optimizer, step)
-            if row.get("updates") == 0:
-                bar.write(f"step {step}: no update, as in no group do rewards vary")
             shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if stop:
                 break
+    gather(None)  # until all is recorded
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     if first:
-        plot_curves(run, rows)
         held_out = getattr(environments[0], "held_out", False)  # else other seeds of the same tasks
         title = "held-out success" if held_out else "evaluation success"
         report(run, rows, time.perf_counter() - start, title)
+        plot_curves(run, rows)
     if cfg.steps > 0:
         export(run, policy)
     if stop:
