@@ -12,6 +12,7 @@ after `reset`, info["success"] and info["invalid"] (nothing was carried out) aft
 """
 
 import ast
+import collections
 import contextlib
 import ctypes
 import functools
@@ -28,12 +29,17 @@ import select
 import struct
 import subprocess
 import sys
+import textwrap
 import time
+import types
 import zlib
-from collections import namedtuple
-from types import SimpleNamespace
 
 HELD_OUT = 2**30  # seeds from here on are for evaluation
+
+
+def is_held_out(task):
+    """Whether a task, by all its text, is of the eighth that is kept for evaluation."""
+    return zlib.crc32(task.encode()) % 8 == 0
 
 
 class TextEnv:
@@ -47,6 +53,8 @@ class TextEnv:
     max_turns = 12
     max_response_tokens = 16
     parallel = False
+    held_out = True  # what is trained on is never evaluated on
+    evaluation_tasks = None  # their number, each once from seed HELD_OUT on; None is without end
 
     def __init__(self, max_turns=None):
         self.max_turns = max_turns or self.max_turns
@@ -56,11 +64,14 @@ class TextEnv:
     def reset(self, *, seed=None, options=None):
         """Start the task of a seed, or any. Returns: (observation, info with "task_type")."""
         self.rng = self.rng if seed is None else random.Random(seed)
-        held_out = seed is not None and seed >= HELD_OUT
-        for _ in range(1000):  # a tiny data set may have no such task: then any will do
+        self.evaluation = None if seed is None or seed < HELD_OUT else seed - HELD_OUT
+        for _ in range(1000):
             observation, kind, task = self._draw()
-            if held_out == (zlib.crc32(task.encode()) % 8 == 0):
+            if not self.held_out or is_held_out(task) == (self.evaluation is not None):
                 break
+        else:
+            side = "training" if self.evaluation is None else "evaluation"
+            raise LookupError(f"1,000 draws of {type(self).__name__} gave no task for {side}")
         self.turns = 0
         self.success = self.done = False
         return observation, {"task_type": kind}
@@ -128,7 +139,7 @@ class Household(TextEnv):
         if rng.randint(0, 1):  # another object, which nobody asked for
             other = rng.choice([name for name in self.names if name != self.object])
             lying.append([other, rng.choice(self.places), ""])
-        self.items = [SimpleNamespace(name=n, place=p, state=s) for n, p, s in lying]
+        self.items = [types.SimpleNamespace(name=n, place=p, state=s) for n, p, s in lying]
         self.lamp = rng.choice(self.places) if self.room in TASKS["examine"][0] else None
         self.here = ""  # nowhere yet
         self.held = None
@@ -271,15 +282,19 @@ MOST_REPLIES = 2**20  # bytes
 
 
 def encode(value):
-    """A value in JSON's types, by exact type: an instance of a subclass may lie about itself."""
+    """A value in JSON's types. By exact type: an instance of a program's own class may lie."""
     kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
     if kind in (list, tuple):
         return [kind.__name__, *map(encode, value)]
-    if kind in (set, frozenset, dict):
-        items = value.items() if kind is dict else value
-        return [kind.__name__, *sorted(map(encode, items), key=json.dumps)]
-    known = value is None or kind in (bool, int, float, str)
-    return value if known else [kind.__name__, repr(value)]
+    if kind in (set, frozenset):  # Python says that they are equal, and so are these dicts
+        return ["set", *sorted(map(encode, value), key=json.dumps)]
+    if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):
+        return ["dict", *sorted(map(encode, value.items()), key=json.dumps)]
+    if kind is complex:
+        return ["complex", value.real, value.imag]
+    return [kind.__name__, repr(value)]
 
 
 def seccomp_filter():
@@ -344,15 +359,18 @@ def lock_down(limits, ruleset, code, watcher, replies):
     return not missing
 
 
-def reply_to_calls(code, entry, calls):
+def reply_to_calls(code, entry, calls, preamble=""):
     """In the child: write a line of JSON for each call. From here on nothing can be trusted."""
-    space = {"__name__": "program"}
+    program = types.ModuleType("program")
+    sys.modules["program"] = program  # where dataclasses look up annotations
     function = None
     for arguments in calls:
         try:
             if function is None:
-                exec(compile(code, "program", "exec"), space)  # noqa: S102
-                function = eval(entry, space)
+                with contextlib.suppress(Exception):  # what only other programs need
+                    exec(compile(preamble, "preamble", "exec"), vars(program))  # noqa: S102
+                exec(compile(code, "program", "exec"), vars(program))  # noqa: S102
+                function = eval(entry, vars(program))
             value = function(*arguments)
             line = {"value": encode(value), "shown": repr(value)[:300]}
         except BaseException as error:  # noqa: BLE001
@@ -388,7 +406,8 @@ def watch(limits, ruleset, code):
         left = end - time.monotonic()
     os.kill(child, SIGKILL)
     _, status, usage = os.wait4(child, 0)
-    slow = left <= 0 or usage.ru_utime + usage.ru_stime > 0.9 * limits["RLIMIT_CPU"]
+    used = usage.ru_utime + usage.ru_stime  # the kernel may count more, and kill it before
+    slow = left <= 0 or (status == SIGKILL and used > limits["RLIMIT_CPU"] / 2)
     ended = "timeout" if slow else "crashed"
     if status == 0:
         ended = ""
@@ -428,7 +447,7 @@ socket.socketpair() | os.kill(os.getppid(), 0) | os.kill(0, 0) | os.setuid(0) | 
 resource.setrlimit(resource.RLIMIT_CPU, (9, 9)) | 1 / (1 + ctypes.CDLL(None).ptrace(0, 0, 0, 0))"""
 REFUSED = re.compile("(Permission|OS|Memory|Runtime|ZeroDivision|Value)Error")
 # bools; passed, failed, error (it raised), timeout, crashed or flood; what the agent is told
-Verdict = namedtuple("Verdict", ["passed", "status", "feedback"])
+Verdict = collections.namedtuple("Verdict", ["passed", "status", "feedback"])
 
 
 class SandboxError(RuntimeError):
@@ -440,10 +459,11 @@ def same(expected, reply):
     kinds = [type(expected), type(reply)]
     if kinds == [list, list]:
         return len(expected) == len(reply) and all(map(same, expected, reply))
-    if kinds in ([float, float], [float, int], [int, float]):
+    if kinds in ([float, float], [float, int]):
         with contextlib.suppress(OverflowError):  # an integer of 400 digits
             return math.isclose(expected, reply, rel_tol=1e-6, abs_tol=1e-6)
-    return type(expected) is type(reply) and expected == reply
+    comparable = kinds[0] is kinds[1] or kinds == [int, float]  # an integer is exact
+    return comparable and expected == reply
 
 
 class Sandbox:
@@ -458,7 +478,8 @@ class Sandbox:
             raise SandboxError("programs can be contained on Linux, x86-64 or aarch64, only")
         limits = {"RLIMIT_CPU": cpu_seconds, "RLIMIT_AS": memory_mb << 20, "RLIMIT_NOFILE": 32}
         limits |= {"RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
-        source = "import contextlib, ctypes, json, marshal, os, select, struct, sys, time"
+        source = "import collections, contextlib, ctypes, json, marshal, os\n"
+        source += "import select, struct, sys, time, types"
         source += inspect.getsource(sys.modules[__name__]).split("# 8<")[1] + f"serve({limits})"
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-W", "ignore", "-c", source]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -479,8 +500,10 @@ class Sandbox:
         for _ in range(self.workers):
             self.idle.get().communicate()
 
-    def run(self, code, entry, calls):
+    def run(self, code, entry, calls, preamble=""):
         """Call the function `entry` of a program, at most 64 KB, with each list of arguments.
+
+        `preamble` is source that its task provides, and that is run before.
 
         Returns: a dict per call with "value" (encoded) and "shown", or with "error"; where the
         program had ended before, "ended" says how. Raises: SandboxError if the sandbox broke.
@@ -489,7 +512,7 @@ class Sandbox:
             code = "raise MemoryError('64 KB are the limit')"
         server = self.idle.get()
         try:
-            server.stdin.write(marshal.dumps((code, entry, calls)).hex().encode() + b"\n")
+            server.stdin.write(marshal.dumps((code, entry, calls, preamble)).hex().encode() + b"\n")
             server.stdin.flush()
             text, ended = json.loads(server.stdout.readline())
         except (OSError, ValueError):
@@ -512,14 +535,14 @@ class Sandbox:
         missing = {"error": ended or "no reply", "ended": ended or "error"}
         return replies + [missing for _ in calls[len(replies) :]]
 
-    def grade(self, code, entry, tests):
-        """Judge a program by tests, pairs of (arguments, expected value). Returns: a Verdict.
+    def grade(self, code, entry, tests, preamble=""):
+        """Judge a program (see `run`) by pairs of (arguments, expected value). Returns: a Verdict.
 
         Raises: ValueError if there are no tests, SandboxError if the sandbox broke.
         """
         if not tests:
             raise ValueError("a program can't be judged by no tests")
-        replies = self.run(code, entry, [arguments for arguments, _ in tests])
+        replies = self.run(code, entry, [arguments for arguments, _ in tests], preamble)
         values = [reply.get("value", NotImplemented) for reply in replies]
         passed = [same(encode(expected), value) for (_, expected), value in zip(tests, values)]
         if all(passed):
@@ -540,8 +563,8 @@ class Sandbox:
 def coding_task(row):
     """A row of a data set as ((prompt, entry point, tests), number of asserts left out).
 
-    Asserts of the form `f(arguments) == value`, all literals, become (arguments, value); they are
-    parsed, never run. Raises: ValueError that says what is wrong with the row.
+    Asserts that compare a call to a value, all literals, become (arguments, value), each call once;
+    they are parsed, never run. Raises: ValueError that says what is wrong with the row.
     """
     prompt = row.get("prompt") or row.get("text")
     sources = row.get("tests") or row.get("test_list") or [row.get("test")]
@@ -555,7 +578,11 @@ def coding_task(row):
     found = [test for test in map(read_assert, asserts) if test]
     names = [name for name, *_ in found]
     entry = entry or max(names, key=names.count, default="")
-    tests = [test for name, *test in found if name in (entry, "candidate")]
+    distinct = {}
+    for name, arguments, value in found:
+        if name in (entry, "candidate"):
+            distinct.setdefault(repr(arguments), (arguments, value))
+    tests = list(distinct.values())
     prompt = prompt.strip()
     for arguments, value in tests[:1]:
         prompt += f"\nA test: {entry}({', '.join(map(repr, arguments))}) == {value!r}"
@@ -564,17 +591,23 @@ def coding_task(row):
 
 def read_assert(test):
     """The condition of an assert as (function, arguments, value), None if it is of another form."""
+    call, value = test, ast.Constant(True)  # assert f(x)
     match test:
-        case ast.Compare(ast.Call(ast.Name(name), arguments, []), [ast.Eq()], [value]):
+        case ast.Compare(left, [ast.Eq() | ast.Is()], [right]):
+            call, value = left, right
+        case ast.UnaryOp(ast.Not(), operand):
+            call, value = operand, ast.Constant(False)
+    match call:
+        case ast.Call(ast.Name(name), arguments, []):
             with contextlib.suppress(ValueError):  # not literal
                 return name, list(map(ast.literal_eval, arguments)), ast.literal_eval(value)
 
 
 @functools.cache
 def load_tasks(dataset):
-    """The tasks of HumanEval, MBPP or a JSONL file that have two tests or more.
+    """The tasks of HumanEval, MBPP or a JSON(L) file that have two tests or more.
 
-    A line: {"prompt": "Write add(a, b).", "entry_point": "add", "tests": ["assert add(1, 2) == 3"]}
+    A row: {"prompt": "Write add(a, b).", "entry_point": "add", "tests": ["assert add(1, 2) == 3"]}
     Returns: a list of (prompt, entry point, tests). Raises: ValueError that names the row.
     """
     found = []
@@ -586,26 +619,55 @@ def load_tasks(dataset):
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot use --dataset {dataset}{where}: {why}") from error
     tasks = [task for task, _ in found if len(task[2]) > 1]
-    summary = f"{len(tasks)} of {len(found)} tasks have two tests, f(literals) == literal, or more"
+    summary = f"{len(tasks)} of {len(found)} tasks have two different tests f(literals) == literal"
+    held_out = sum(is_held_out(task[0]) for task in tasks)
+    evaluated = f"evaluation is on {held_out}, training on the others"
+    if held_out in (0, len(tasks)):
+        evaluated = "too few to hold some out: evaluation is on tasks that are trained on"
     if not tasks:
         raise ValueError(f"cannot use --dataset {dataset}: {summary}")
     left_out = sum(count for _, count in found)
-    print(f"{dataset}: {summary}; {left_out} tests of another form are left out")
+    print(f"{dataset}: {summary}; {left_out} tests of another form are left out; {evaluated}")
     return tasks
 
 
 def read_rows(dataset):
-    """The rows of a file, or of what the `datasets` library finds under that name."""
-    if dataset.endswith((".json", ".jsonl")):
-        with open(dataset) as file:
-            yield from map(json.loads, file)
+    """The rows of a file (a JSON list, or a row per line), or of what `datasets` finds."""
+    path = os.path.expanduser(dataset)
+    if path.endswith((".json", ".jsonl")):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        lines = filter(str.strip, text.split("\n"))
+        yield from json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
         return
     import datasets
 
-    for part in datasets.load_dataset(dataset).values():
+    for part in datasets.load_dataset(path).values():
         yield from part
 
 
+def preamble_of(prompt, entry):
+    """What a prompt that is Python defines above its function: imports, functions, names."""
+    above, begun, _ = prompt.partition(f"def {entry}(")
+    try:
+        statements = ast.parse(above if begun else "").body
+    except (SyntaxError, ValueError):  # it is no Python
+        return ""
+    kept = [statement for statement in statements if not isinstance(statement, ast.Expr)]
+    return ast.unparse(ast.Module(kept, []))
+
+
+def program_in(response, entry):
+    """A response's last block of Python that defines `entry`, or all of it; "" if none does."""
+    fenced = r"^( *)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^\1```[ \t]*$|\Z)"
+    blocks = re.findall(fenced, response, re.DOTALL | re.MULTILINE)
+    python = [code for _, language, code in blocks if language.lower() in PYTHON]
+    defines = rf"\b(def|class|as)\s+{entry}\b|^[^#(\n]*\b{entry}\b[^=(\n]*=(?!=)"
+    programs = [text for text in [response, *python] if re.search(defines, text, re.MULTILINE)]
+    return textwrap.dedent(programs[-1]).strip() if programs else ""
+
+
+PYTHON = ("", "py", "python", "python3")  # what a block may be called
 STEPS = {  # an embedded task is two steps in words; how each is written
     "add {k}": "({e} + {k})",
     "subtract {k}": "({e} - {k})",
@@ -643,13 +705,22 @@ class Code(TextEnv):
     def __init__(self, max_turns=None, dataset=""):
         self.tasks = load_tasks(dataset) if dataset else None
         self.max_response_tokens = 512 if dataset else 24
+        if self.tasks:
+            sides = [is_held_out(prompt) for prompt, _, _ in self.tasks]
+            self.held_out = any(sides) and not all(sides)
+            evaluated = [t for t, side in zip(self.tasks, sides) if side or not self.held_out]
+            self.evaluated = list({prompt: (prompt, *rest) for prompt, *rest in evaluated}.values())
+            self.evaluation_tasks = len(self.evaluated)
         Code.sandbox = Code.sandbox or Sandbox(workers=min(8, os.cpu_count()))
         super().__init__(max_turns)
 
     def _draw(self):
-        kind = ""
+        kind = self.preamble = ""
         if self.tasks:
             prompt, self.entry, tests = self.rng.choice(self.tasks)
+            if self.evaluation is not None:
+                prompt, self.entry, tests = self.evaluated[self.evaluation % len(self.evaluated)]
+            self.preamble = preamble_of(prompt, self.entry)
         else:
             rng = self.rng
             self.steps = [(words, rng.randint(2, 9)) for words in rng.sample(list(STEPS), 2)]
@@ -665,14 +736,13 @@ class Code(TextEnv):
         return prompt, kind, prompt
 
     def _observe(self, response):
-        blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", response, re.DOTALL)
-        program = blocks[-1].strip() if blocks else response.strip()
-        if not re.search(rf"\b(def|class|as)\s+{self.entry}\b|\b{self.entry}\b.*=", program):
+        program = program_in(response, self.entry)
+        if not program:
             return f"There is no program that defines {self.entry}.", True, False, False
-        verdict = self.sandbox.grade(program, self.entry, self.public)
+        verdict = self.sandbox.grade(program, self.entry, self.public, self.preamble)
         if not all(verdict.passed):
             return verdict.feedback, False, False, False
-        hidden = self.sandbox.grade(program, self.entry, self.hidden)
+        hidden = self.sandbox.grade(program, self.entry, self.hidden, self.preamble)
         return "The tests pass.", False, all(hidden.passed), True
 
     def demonstration(self, seed, noise=0.0):
@@ -698,6 +768,32 @@ class Code(TextEnv):
 
 
 # ---------------------------------------------------------------- any environment, and a policy
+class Gem:
+    """An environment of GEM (gem-llm 0.1.0), with what it leaves unsaid: solved, or out of turns.
+
+    It ends every single turn, and the last of many, as both terminated and truncated. Environments
+    over a data set (gem:rg: and others) draw from the same questions whatever the seed, so that
+    what is trained on is evaluated on: nothing is held out.
+    """
+
+    def __init__(self, env):
+        self.env = env
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def reset(self, *, seed=None):
+        """Start a task. Returns: (observation, info)."""
+        return self.env.reset(seed=seed)
+
+    def step(self, action):
+        """Take an action; it solves the task if it is "correct", or else if its reward is 1."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        info = {**info, "success": bool(info.get("correct", reward >= 1))}
+        truncated = truncated and not info["success"] and hasattr(self.env, "max_turns")
+        return observation, reward, terminated and not truncated, truncated, info
+
+
 ENVS = {"household": Household, "code": Code}
 
 
@@ -714,10 +810,12 @@ def make(name, **kwargs):
         raise ValueError(f"unknown environment {name!r}: use one of {known}, or module:Class")
     try:
         if module == "gem":
-            return pkgutil.resolve_name("gem:make")(rest, **kwargs)
+            return Gem(pkgutil.resolve_name("gem:make")(rest, **kwargs))
+        if os.getcwd() not in sys.path:  # aem.py may lie in another folder
+            sys.path.append(os.getcwd())
         return pkgutil.resolve_name(name)(**kwargs)
     except Exception as error:
-        hint = "; pip install gem-llm" if module == "gem" and isinstance(error, ImportError) else ""
+        hint = "; pip install gem-llm" if getattr(error, "name", "") == "gem" else ""
         why = f"{type(error).__name__}: {error}{hint}"
         raise ValueError(f"cannot make environment {name!r}: {why}") from error
 

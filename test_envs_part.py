@@ -1,5 +1,6 @@
-"""Two sections of test_aem.py, to be folded in there: environments, and the sandbox with its tasks."""
+"""Two sections of test_aem.py, to be folded in there: environments; sandbox and coding tasks."""
 
+import collections
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,11 +130,89 @@ def test_training_and_evaluation_tasks_do_not_overlap():
     assert not held_out & trained  # not only other seeds: other worlds
 
 
-def test_make_names_what_is_wrong():
+def test_a_task_of_the_wrong_side_is_never_handed_out():
+    class Fixed(envs.TextEnv):
+        def _draw(self):
+            return "A task.", "", "A task."
+
+    env = Fixed.__new__(Fixed)
+    evaluation = envs.is_held_out("A task.")
+    seeds = {False: 0, True: envs.HELD_OUT}
+    assert env.reset(seed=seeds[evaluation])[0] == "A task."
+    with pytest.raises(LookupError, match="1,000 draws of Fixed gave no task for"):
+        env.reset(seed=seeds[not evaluation])
+
+
+def test_make_names_what_is_wrong(tmp_path, monkeypatch):
     assert isinstance(envs.make(f"{__name__}:Echo"), Echo)
     for name in ("nowhere", "no_such_module:Env", "envs:Nothing"):
         with pytest.raises(ValueError, match=name):
             envs.make(name)
+    (tmp_path / "my_world.py").write_text("class World:\n  def __init__(self, x): self.x = 1 / x")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)  # not the folder of aem.py
+    assert envs.make("my_world:World", x=2).x == 0.5
+    with pytest.raises(ValueError, match="my_world:World.*ZeroDivisionError") as error:
+        envs.make("my_world:World", x=0)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+class Scripted:
+    """An environment of GEM that returns what it is told to."""
+
+    def __init__(self, result, **limits):
+        self.result = result
+        vars(self).update(limits)
+
+    def reset(self, seed=None):
+        return f"Question {seed}.", {}
+
+    def step(self, action):
+        return "The end.", *self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "limits", "ends", "success"),
+    [  # what gem-llm 0.1.0 returns after the observation, and what is made of it
+        ((1.0, True, True, {"correct": True}), {}, [True, False], True),  # mathematics: one turn
+        ((0, True, True, {"correct": False}), {}, [True, False], False),
+        ((1.0, True, True, {}), {}, [True, False], True),  # code, reasoning-gym: one turn
+        ((0.5, True, True, {}), {}, [True, False], False),
+        (
+            (1.0, True, False, {"suffix": ""}),
+            {"max_turns": 4},
+            [True, False],
+            True,
+        ),  # a game is won
+        ((1.0, True, True, {"suffix": ""}), {"max_turns": 4}, [True, False], True),
+        ((0.9, True, True, {"suffix": ""}), {"max_turns": 4}, [False, True], False),  # out of turns
+        ((-0.1, True, False, {"suffix": ""}), {"max_turns": 4}, [True, False], False),  # lost
+        ((0.0, False, False, {"suffix": ""}), {"max_turns": 4}, [False, False], False),
+    ],
+)
+def test_what_gem_leaves_unsaid(result, limits, ends, success, monkeypatch):
+    gem = SimpleNamespace(make=lambda name, **options: Scripted(result, **options))
+    monkeypatch.setitem(sys.modules, "gem", gem)
+    env = envs.make("gem:game:Some-v0", **limits)
+    assert env.reset(seed=3) == ("Question 3.", {})
+    observation, reward, *seen, info = env.step("\\boxed{7}")
+    assert (observation, reward) == ("The end.", result[0])
+    assert seen == ends and info == {**result[3], "success": success}
+    assert getattr(env, "max_turns", None) == limits.get("max_turns")
+    assert not getattr(env, "held_out", False)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def make(name):
+        raise ImportError("Could not import gem.envs.math_env. Error: No module named 'pandas'")
+
+    monkeypatch.setitem(sys.modules, "gem", SimpleNamespace(make=make))
+    with pytest.raises(ValueError, match="No module named 'pandas'") as error:
+        envs.make("gem:math:Some")
+    assert "gem-llm" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "gem", None)
+    with pytest.raises(ValueError, match="pip install gem-llm"):
+        envs.make("gem:math:Some")
 
 
 # ---------------------------------------------------------------- the sandbox and coding tasks
@@ -159,36 +239,30 @@ class Liar(int):
     __hash__ = None
 
 
-ALIKE = [
-    *[(1, 1), (1, 1.0), (0.1 + 0.2, 0.3), (10**400, 10**400), (float("inf"), float("inf"))],
-    *[([1, (2.0, None)], [1, (2, None)]), ({1, 2}, {2, 1}), ({"a": [1], 2: ()}, {2: (), "a": [1]})],
-    *[("é", "é"), (b"a", b"a"), (2j, 2j), ({}, {})],
-]
-DIFFERENT = [
-    *[
-        (1, True),
-        (0, False),
-        (1, "1"),
-        ([1], (1,)),
-        ([1], [1, 1]),
-        ({1}, [1]),
-        ({1}, frozenset({1})),
-    ],
-    *[
-        (None, 0),
-        (float("nan"), float("nan")),
-        (10**400, 1.0),
-        (1.0, 1.001),
-        (10**400, 10**400 + 1),
-    ],
-    *[("", None), (b"a", b"b"), ("a", "b"), ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), ({}, [])],
-    *[(4, Liar(4)), (["tuple", 1], (1,))],
-]
+class Mapping(dict):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
 
 
-def test_replies_are_compared_strictly():
-    assert all(equal(a, b) for a, b in ALIKE)
-    assert [(a, b) for a, b in DIFFERENT if equal(a, b) or equal(b, a)] == []
+ALIKE = """1, 1; 1, 1.0; 0.1 + 0.2, 0.3; 10**400, 10**400; inf, inf; "é", "é"; b"a", b"a"; {}, {}
+2j, 2j; [1, (2.0, None)], [1, (2, None)]; {1, 2}, {2, 1}
+{"a": [1], 2: ()}, {2: (), "a": [1]}; [1.0], [1]
+{"a": 1}, Counter("a"); {"a": 1}, OrderedDict(a=1); {}, defaultdict(int); {1}, frozenset({1})
+0.3 + 1j, 0.1 + 0.2 + 1j; 1e16, 10**16; 2000001, 2000001.0; 2e6, 2000001"""
+DIFFERENT = """1, True; 0, False; 1, "1"; [1], (1,); [1], [1, 1]; {1}, [1]; None, 0; nan, nan
+"", None; 10**400, 1.0; 1.0, 10**400; 1.0, 1.001; 10**400, 10**400 + 1; b"a", b"b"; "a", "b"; {}, []
+{}, [()]; {"a": 1}, {"a": 2}; {"a": 1}, {"b": 1}; {1: "a"}, {"1": "a"}; ["tuple", 1], (1,); 2j, [0.0, 2.0]
+4, Liar(4); Liar(4), 4; {}, Mapping(); 0.3 + 1j, 0.4 + 1j; 2000001, 2000002.0
+[3000000], [3000001.0]"""
+
+
+@pytest.mark.parametrize(("pairs", "alike"), [(ALIKE, True), (DIFFERENT, False)])
+def test_replies_are_compared_strictly(pairs, alike):
+    names = vars(collections) | globals() | {"inf": float("inf"), "nan": float("nan")}
+    for pair in pairs.replace("\n", "; ").split("; "):  # an expected value, a reply
+        assert equal(*eval(pair, names)) == alike, pair
 
 
 @needs_sandbox
@@ -215,6 +289,18 @@ def f(x, y=0):
         assert words in sandbox.grade(program, "f", [([1], 1)]).feedback
     with pytest.raises(ValueError, match="no tests"):
         sandbox.grade(code, "f", [])
+
+
+@needs_sandbox
+def test_a_program_is_a_module(sandbox):
+    program = """from __future__ import annotations
+import dataclasses, sys
+@dataclasses.dataclass
+class Point:
+  x: int
+  y: int = 0
+def f(x): return Point(x).x if sys.modules[__name__].f is f else None"""
+    assert sandbox.grade(program, "f", [([1], 1)]).passed == [True]
 
 
 @needs_sandbox
@@ -290,11 +376,11 @@ WITHOUT = """
 import ctypes, platform, struct, sys
 libc = ctypes.CDLL(None)
 prctl = {"x86_64": 157, "aarch64": 167}[platform.machine()]
-allow = (6, 0, 0, 0x7FFF0000)
+load, allow = (32, 0, 0, 0), (6, 0, 0, 0x7FFF0000)
 if sys.argv[1] == "Landlock":  # an old kernel: ENOSYS
-    code = [(32, 0, 0, 0), (53, 0, 2, 444), (37, 1, 0, 446), (6, 0, 0, 0x50026), allow]
+    code = [load, (53, 0, 2, 444), (37, 1, 0, 446), (6, 0, 0, 0x50026), allow]
 else:  # a kernel without seccomp filters: EINVAL
-    code = [(32, 0, 0, 0), (21, 0, 3, prctl), (32, 0, 0, 16), (21, 0, 1, 22), (6, 0, 0, 0x50016), allow]
+    code = [load, (21, 0, 3, prctl), (32, 0, 0, 16), (21, 0, 1, 22), (6, 0, 0, 0x50016), allow]
 data = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 libc.prctl(38, 1, 0, 0, 0)
 assert libc.prctl(22, 2, (ctypes.c_uint64 * 2)(len(code), ctypes.addressof(data)), 0, 0) == 0
@@ -394,6 +480,67 @@ def test_the_hidden_tests_decide_and_are_never_shown(code):
     assert env.done and "[9, 8, 7]" not in shown and "[5, 1]" not in shown
 
 
+ADD = {
+    "prompt": "Write add(a, b).",
+    "entry_point": "add",
+    "tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 5) == 4"],
+}
+PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```\n"
+FENCE = 'def add(a, b):\n    """Add.\n\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b'
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"```python\ndef add(a, b):\n    return a - b\n```\nNo:\n{PROGRAM}",
+        f"{PROGRAM}Output:\n```\n3\n```",
+        f"{PROGRAM}Usage:\n```python\nprint(add(1, 2) == 3)\nresult = add(1, 2)\n```",
+        f"{PROGRAM}Run it:\n```bash\npython add.py  # add = 1\n```",
+        f"{PROGRAM}Tests:\n```python\nassert add(1, 2) == 3\n```",
+        f"{PROGRAM}In Ruby:\n```ruby\ndef add(a, b)\n  a + b\nend\n```",
+        f"```python\n{FENCE}\n```",
+        FENCE,
+        "1. Add them:\n   ```py\n   def add(a, b):\n       return a + b\n   ```\n2. Done.",
+        "```\nadd = lambda a, b: a + b\n```",
+        "```Python\nfrom operator import add as add\n```",
+        "```python\ndef add(a, b):\n    return a + b",
+    ],
+)
+def test_the_program_in_a_response(response, code):
+    env = code(ADD)
+    env.reset(seed=0)
+    assert env.step(response)[:2] == ("The tests pass.", 10.0)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("response", ["```python\nprint(add(1, 2) == 3)\n```", "Now I add.", ""])
+def test_a_response_without_a_program_is_invalid(response, code):
+    env = code(ADD)
+    env.reset(seed=0)
+    assert env.step(response)[:2] == ("There is no program that defines add.", -0.1)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("first", ["", "from __future__ import annotations\n"])
+def test_a_program_may_use_what_its_prompt_provides(first, code):
+    row = {
+        "prompt": "import math\nfrom typing import List\n\ndef half(x):\n    return x / 2\n\n"
+        "import not_here\n\ndef halves(xs: List[int]) -> List[float]:\n    'Halve each.'\n",
+        "entry_point": "halves",
+        "tests": ["assert halves([1]) == [0.5]", "assert halves([]) == []"],
+    }
+    env = code(row)
+    env.reset(seed=0)
+    program = "def halves(xs: List[int]): return [math.fsum([half(x)]) for x in xs]"
+    assert env.step(first + program)[1] == 10.0
+
+
+def test_a_prompt_in_words_provides_nothing():
+    for prompt in ("Write def f(x), please.", "Write f.", "def f(x): 0", "Say\ndef f(x): 0"):
+        assert envs.preamble_of(prompt, "f") == ""
+
+
 @needs_sandbox
 def test_embedded_coding_tasks():
     env = envs.make("code")
@@ -474,6 +621,67 @@ def test_data_sets_become_inputs_and_expected_values(row, task, left_out, tmp_pa
     assert prompt.startswith(row.get("text") or "def double") and (entry, tests) == task
     said = capsys.readouterr().out
     assert "1 of 1 tasks" in said and left_out in said
+
+
+@pytest.mark.parametrize(
+    ("test", "value"),
+    [("f(1)", True), ("not f(1)", False), ("f(1) is True", True), ("f(1) is None", None)],
+)
+def test_forms_of_asserts(test, value):
+    (_, _, tests), left_out = envs.coding_task(
+        {"text": "x", "test_list": [f"assert {test}, 'why'"]}
+    )
+    assert tests == [([1], value)] and tests[0][1] is value and left_out == 0
+
+
+def test_other_forms_of_asserts_are_left_out():
+    others = "f(1) > 0; f(x); f(x=1); f(1) != 2; True; m.f(1) == 2; not f; f(1) in [2]; f(1) == y"
+    asserts = [f"assert {other}" for other in others.split("; ")]
+    task, left_out = envs.coding_task({"prompt": "x", "entry_point": "f", "tests": asserts})
+    assert task == ("x", "f", []) and left_out == len(asserts)
+
+
+@pytest.mark.parametrize(
+    "form", ["{0}\n\n{1}\n   \n", "[{0}, {1}]", "[\n{0},\n{1}\n]\n", "{0}\r\n{1}"]
+)
+def test_forms_of_files(form, tmp_path, monkeypatch):
+    path = tmp_path / "tasks.json"
+    prompts = ["Überschuß\u2028 1", "Überschuß\u2028 2"]
+    rows = [json.dumps(ADD | {"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    path.write_bytes(form.format(*rows).encode())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = [prompt.partition("\n")[0] for prompt, *_ in envs.load_tasks("~/tasks.json")]
+    assert found == prompts
+    say = "import envs, sys; print([ord(task[0][0]) for task in envs.load_tasks(sys.argv[1])])"
+    old = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-c", say, str(path)]
+    done = subprocess.run(command, cwd=FOLDER, env=old, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f"{[ord('Ü')] * 2}\n")
+
+
+def test_tests_that_repeat_each_other_count_once(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    same = ADD | {"tests": ADD["tests"][:1] * 3}
+    twice = ADD | {"tests": ADD["tests"][:2] * 2}
+    path.write_text(json.dumps(same) + "\n" + json.dumps(twice))
+    assert [tests for *_, tests in envs.load_tasks(str(path))] == [[([1, 2], 3), ([0, 0], 0)]]
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("count", "held_out"), [(2, False), (40, True)])
+def test_evaluation_tasks_come_once_each(count, held_out, code, capsys):
+    rows = [ADD | {"prompt": f"Task {i}: write add(a, b)."} for i in range(count)]
+    env = code(*rows, *rows)  # each row twice
+    said = capsys.readouterr().out
+    trained = {env.reset(seed=seed)[0] for seed in range(300)}
+    number = env.evaluation_tasks
+    evaluated = [env.reset(seed=envs.HELD_OUT + i)[0] for i in range(number)]
+    assert len(set(evaluated)) == number and env.held_out == held_out
+    assert env.reset(seed=envs.HELD_OUT + number)[0] == evaluated[0]
+    assert len(trained | set(evaluated)) == count
+    assert trained.isdisjoint(evaluated) == held_out
+    assert ("evaluation is on tasks that are trained on" in said) != held_out
+    assert (envs.Code.held_out, envs.Code.evaluation_tasks) == (True, None)  # the embedded family
 
 
 def test_a_data_set_is_parsed_and_never_run(tmp_path):

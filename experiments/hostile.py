@@ -267,8 +267,10 @@ def programs(folder):
 
 def traces(folder):
     """What hostile programs could have left behind: files, shared memory, processes, descriptors of this process."""
-    processes = {p for p in os.listdir("/proc") if p.isdigit() and Path(f"/proc/{p}/stat").exists()}
-    mine = {p for p in processes if open(f"/proc/{p}/stat").read().split(") ")[1].split()[1] == str(os.getpid())}
+    mine = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others' processes come and go
+            mine += [stat] if stat.read_text().split(") ")[1].split()[1] == str(os.getpid()) else []
     files = {str(p): (p.stat().st_mode, p.stat().st_size, p.stat().st_mtime) for p in Path(folder).rglob("*")}
     shared = sorted(os.listdir("/dev/shm")), open("/proc/sysvipc/shm").read().count("\n")
     return {"files": files, "shared memory": shared, "children": len(mine), "descriptors": len(os.listdir("/proc/self/fd"))}
@@ -370,7 +372,7 @@ PROTECTIONS = {  # what to take away: (text in envs.py, what to put there)
     "a watcher for each task": ("watcher = os.fork()", "watcher = 0"),
     "closed descriptors": ("os.closerange(REPLIES_FD + 1, 64),", "0,"),
     "exact types": ("kind in (bool, int, float, str)", "isinstance(value, (bool, int, float, str))"),
-    "strict comparison": ("return type(expected) is type(reply) and expected == reply", "return str(expected) == str(reply)"),
+    "strict comparison": ("return comparable and expected == reply", "return str(expected) == str(reply)"),
     "number of replies": ("if rest or not honest", "if not honest"),
     "shape of replies": ("type(reply) is dict and ", ""),
     "how it ended is ours to say": (' and "ended" not in reply', ""),
