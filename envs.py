@@ -620,14 +620,14 @@ def load_tasks(dataset):
         raise ValueError(f"cannot use --dataset {dataset}{where}: {why}") from error
     tasks = [task for task, _ in found if len(task[2]) > 1]
     summary = f"{len(tasks)} of {len(found)} tasks have two different tests f(literals) == literal"
-    held_out = sum(is_held_out(task[0]) for task in tasks)
-    evaluated = f"evaluation is on {held_out}, training on the others"
-    if held_out in (0, len(tasks)):
-        evaluated = "too few to hold some out: evaluation is on tasks that are trained on"
+    held_out, evaluated = evaluation_side(tasks)
+    sides = f"evaluation is on {len(evaluated)} that are held out"
+    if not held_out:
+        sides = "too few to hold some out: evaluation is on tasks that are trained on"
     if not tasks:
         raise ValueError(f"cannot use --dataset {dataset}: {summary}")
     left_out = sum(count for _, count in found)
-    print(f"{dataset}: {summary}; {left_out} tests of another form are left out; {evaluated}")
+    print(f"{dataset}: {summary}; {left_out} tests of another form are left out; {sides}")
     return tasks
 
 
@@ -646,6 +646,13 @@ def read_rows(dataset):
         yield from part
 
 
+def evaluation_side(tasks):
+    """Whether some tasks can be held out, and those to evaluate on: each prompt once."""
+    kept = [task for task in tasks if is_held_out(task[0])]
+    held_out = 0 < len(kept) < len(tasks)
+    return held_out, list({task[0]: task for task in (kept if held_out else tasks)}.values())
+
+
 def preamble_of(prompt, entry):
     """What a prompt that is Python defines above its function: imports, functions, names."""
     above, begun, _ = prompt.partition(f"def {entry}(")
@@ -658,16 +665,19 @@ def preamble_of(prompt, entry):
 
 
 def program_in(response, entry):
-    """A response's last block of Python that defines `entry`, or all of it; "" if none does."""
+    """A response's last block of Python that defines `entry`, or all of it; "" if none does.
+
+    The patterns take linear time, whatever a policy writes.
+    """
     fenced = r"^( *)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^\1```[ \t]*$|\Z)"
-    blocks = re.findall(fenced, response, re.DOTALL | re.MULTILINE)
-    python = [code for _, language, code in blocks if language.lower() in PYTHON]
-    defines = rf"\b(def|class|as)\s+{entry}\b|^[^#(\n]*\b{entry}\b[^=(\n]*=(?!=)"
+    blocks = re.findall(fenced, f"{response}\n", re.DOTALL | re.MULTILINE)
+    python = [code for _, name, code in blocks if re.fullmatch("(?i)(py|python3?)?", name)]
+    assigns = rf"^(?=[^#(=\n]*=(?!=))[^=\n]*\b{entry}\b"
+    defines = rf"\b(def|class|as)\s+{entry}\b|{assigns}"
     programs = [text for text in [response, *python] if re.search(defines, text, re.MULTILINE)]
     return textwrap.dedent(programs[-1]).strip() if programs else ""
 
 
-PYTHON = ("", "py", "python", "python3")  # what a block may be called
 STEPS = {  # an embedded task is two steps in words; how each is written
     "add {k}": "({e} + {k})",
     "subtract {k}": "({e} - {k})",
@@ -706,10 +716,7 @@ class Code(TextEnv):
         self.tasks = load_tasks(dataset) if dataset else None
         self.max_response_tokens = 512 if dataset else 24
         if self.tasks:
-            sides = [is_held_out(prompt) for prompt, _, _ in self.tasks]
-            self.held_out = any(sides) and not all(sides)
-            evaluated = [t for t, side in zip(self.tasks, sides) if side or not self.held_out]
-            self.evaluated = list({prompt: (prompt, *rest) for prompt, *rest in evaluated}.values())
+            self.held_out, self.evaluated = evaluation_side(self.tasks)
             self.evaluation_tasks = len(self.evaluated)
         Code.sandbox = Code.sandbox or Sandbox(workers=min(8, os.cpu_count()))
         super().__init__(max_turns)
@@ -771,9 +778,8 @@ class Code(TextEnv):
 class Gem:
     """An environment of GEM (gem-llm 0.1.0), with what it leaves unsaid: solved, or out of turns.
 
-    It ends every single turn, and the last of many, as both terminated and truncated. Environments
-    over a data set (gem:rg: and others) draw from the same questions whatever the seed, so that
-    what is trained on is evaluated on: nothing is held out.
+    It ends every single turn, and the last of many, as both terminated and truncated. Its data
+    sets (gem:rg: and others) hold the same questions whatever the seed: nothing is held out.
     """
 
     def __init__(self, env):
@@ -781,10 +787,6 @@ class Gem:
 
     def __getattr__(self, name):
         return getattr(self.env, name)
-
-    def reset(self, *, seed=None):
-        """Start a task. Returns: (observation, info)."""
-        return self.env.reset(seed=seed)
 
     def step(self, action):
         """Take an action; it solves the task if it is "correct", or else if its reward is 1."""

@@ -253,8 +253,8 @@ ALIKE = """1, 1; 1, 1.0; 0.1 + 0.2, 0.3; 10**400, 10**400; inf, inf; "é", "é";
 0.3 + 1j, 0.1 + 0.2 + 1j; 1e16, 10**16; 2000001, 2000001.0; 2e6, 2000001"""
 DIFFERENT = """1, True; 0, False; 1, "1"; [1], (1,); [1], [1, 1]; {1}, [1]; None, 0; nan, nan
 "", None; 10**400, 1.0; 1.0, 10**400; 1.0, 1.001; 10**400, 10**400 + 1; b"a", b"b"; "a", "b"; {}, []
-{}, [()]; {"a": 1}, {"a": 2}; {"a": 1}, {"b": 1}; {1: "a"}, {"1": "a"}; ["tuple", 1], (1,); 2j, [0.0, 2.0]
-4, Liar(4); Liar(4), 4; {}, Mapping(); 0.3 + 1j, 0.4 + 1j; 2000001, 2000002.0
+{}, [()]; {"a": 1}, {"a": 2}; {"a": 1}, {"b": 1}; {1: "a"}, {"1": "a"}; ["tuple", 1], (1,)
+2j, [0.0, 2.0]; 4, Liar(4); Liar(4), 4; {}, Mapping(); 0.3 + 1j, 0.4 + 1j; 2000001, 2000002.0
 [3000000], [3000001.0]"""
 
 
@@ -519,6 +519,16 @@ def test_a_response_without_a_program_is_invalid(response, code):
     env = code(ADD)
     env.reset(seed=0)
     assert env.step(response)[:2] == ("There is no program that defines add.", -0.1)
+
+
+@pytest.mark.parametrize(
+    "piece", ["f ", "f = = ", "```", "```f", "```\n", "   ", "def ", "f(", "#\n"]
+)
+def test_no_response_takes_long_to_read(piece):
+    start = time.monotonic()
+    envs.program_in(piece * 20000, "f")
+    envs.program_in("```" + piece * 20000, "f")
+    assert time.monotonic() - start < 2
 
 
 @needs_sandbox
