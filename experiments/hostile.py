@@ -360,7 +360,7 @@ PROTECTIONS = {  # what to take away: (text in envs.py, what to put there)
     "the watcher dies with the server": ("    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)", "    pass"),
     "capabilities": ("libc.capset(header, (ctypes.c_uint32 * 6)())", "0"),
     "own session": ("    os.setsid()", "    pass"),
-    "CPU limit": ('"RLIMIT_CPU": cpu_seconds', '"RLIMIT_CPU": 10**6'),
+    "CPU limit": ("in limits.items():", 'in (limits | {"RLIMIT_CPU": 10**6}).items():'),
     "memory limit": ('"RLIMIT_AS": memory_mb << 20, ', ""),
     "file limit": ('"RLIMIT_FSIZE": 0, ', ""),
     "process limit": ('"RLIMIT_NPROC": 0, ', ""),
