@@ -267,8 +267,10 @@ def programs(folder):
 
 def traces(folder):
     """What hostile programs could have left behind: files, shared memory, processes, descriptors of this process."""
-    processes = {p for p in os.listdir("/proc") if p.isdigit() and Path(f"/proc/{p}/stat").exists()}
-    mine = {p for p in processes if open(f"/proc/{p}/stat").read().split(") ")[1].split()[1] == str(os.getpid())}
+    mine = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others' processes come and go
+            mine += [stat] if stat.read_text().split(") ")[1].split()[1] == str(os.getpid()) else []
     files = {str(p): (p.stat().st_mode, p.stat().st_size, p.stat().st_mtime) for p in Path(folder).rglob("*")}
     shared = sorted(os.listdir("/dev/shm")), open("/proc/sysvipc/shm").read().count("\n")
     return {"files": files, "shared memory": shared, "children": len(mine), "descriptors": len(os.listdir("/proc/self/fd"))}
@@ -332,11 +334,11 @@ def attack(only=""):
     return len(everything), bad
 
 
-ALLOW = "CALLS = \"\"\"read:0:63"
+ALLOW = "read:0:63 write:1:64"
 PROTECTIONS = {  # what to take away: (text in envs.py, what to put there)
-    "Landlock": ("libc.syscall(446, ruleset, 0),", "0,"),
-    "no site-packages": ('if not e.name.endswith("-packages")', "if True"),
-    "seccomp": ('"seccomp": libc.prctl(22, ', '"seccomp": 0 and libc.prctl(22, '),
+    "Landlock": ("libc.syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0),", "0,"),
+    "no site-packages": ('if not entry.name.endswith("-packages")', "if True"),
+    "seccomp": ('"seccomp": libc.prctl(', '"seccomp": 0 and libc.prctl('),
     "fork forbidden": (ALLOW, f"{ALLOW} clone:56:220 fork:57:220 vfork:58:220"),
     "threads forbidden": (ALLOW, f"{ALLOW} clone:56:220 clone3:435:435 set_robust_list:273:99 rseq:334:293"),
     "exec forbidden": (ALLOW, f"{ALLOW} execve:59:221"),
@@ -350,32 +352,32 @@ PROTECTIONS = {  # what to take away: (text in envs.py, what to put there)
     "shared memory forbidden": (ALLOW, f"{ALLOW} shmget:29:194"),
     "timers forbidden": (ALLOW, f"{ALLOW} setitimer:38:103 alarm:37:103"),
     "priorities forbidden": (ALLOW, f"{ALLOW} setpriority:141:140"),
-    "opening for reading only": ("(69, 1, 0, 0o1103)", "(69, 1, 0, 0)"),
-    "x32 refused": ("(53, 0, 1, 2**30), deny", "(53, 0, 1, 2**30), allow"),
-    "no new privileges": ("    libc.prctl(38, 1, 0, 0, 0)", "    pass"),
-    "not dumpable": ("    libc.prctl(4, 0, 0, 0, 0)", "    pass"),
-    "the child dies with its parent": ("libc.prctl(1, 9, 0, 0, 0) or ", ""),
-    "the watcher dies with the server": ("    libc.prctl(1, 9, 0, 0, 0)  #", "    #"),
-    "capabilities": ("libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())", "0"),
-    "own session": ('os.setsid(),', "0,"),
-    "CPU limit": ("(0, math.ceil(cpu_seconds))", "(0, 10**6)"),
-    "memory limit": ("(9, memory_mb << 20), ", ""),
-    "file limit": ("(1, 0), ", ""),
-    "process limit": ("(6, 0), ", ""),
-    "descriptor limit": ("(7, 32), ", ""),
-    "core limit": (", (4, 0)]", "]"),
-    "wall clock": ("(left := end - time.monotonic()) > 0", "(left := 99)"),
-    "reply limit": (" and len(data) < 2**20:", ":"),
-    "kill": ("    os.kill(pid, 9)\n", ""),
-    "a watcher for each task": ("while watcher := os.fork():", "while watcher := 0:"),
-    "closed descriptors": ("os.closerange(4, 64),", "0,"),
-    "exact types": ("kind in (bool, int, float, str) else", "isinstance(value, (bool, int, float, str)) else"),
-    "strict comparison": ("return kinds[0] is kinds[1] and expected == reply", "return str(expected) == str(reply)"),
-    "number of replies": ("replies = [] if tail else [", "replies = ["),
+    "opening for reading only": ("(BPF_JSET, 1, 0, to_write)", "(BPF_JSET, 1, 0, 0)"),
+    "x32 refused": ("X32_SYSCALL_BIT), deny", "X32_SYSCALL_BIT), allow"),
+    "no new privileges": ("    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)", "    pass"),
+    "not dumpable": ("    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)", "    pass"),
+    "the child dies with its parent": ("libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) or ", ""),
+    "the watcher dies with the server": ("    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)", "    pass"),
+    "capabilities": ("libc.capset(header, (ctypes.c_uint32 * 6)())", "0"),
+    "own session": ("    os.setsid()", "    pass"),
+    "CPU limit": ("in limits.items():", 'in (limits | {"RLIMIT_CPU": 10**6}).items():'),
+    "memory limit": ('"RLIMIT_AS": memory_mb << 20, ', ""),
+    "file limit": ('"RLIMIT_FSIZE": 0, ', ""),
+    "process limit": ('"RLIMIT_NPROC": 0, ', ""),
+    "descriptor limit": (', "RLIMIT_NOFILE": 32', ""),
+    "core limit": (', "RLIMIT_CORE": 0', ""),
+    "wall clock": ("left = end - time.monotonic()", "left = 99"),
+    "reply limit": (" and len(data) < MOST_REPLIES:", ":"),
+    "kill": ("    os.kill(child, SIGKILL)\n", ""),
+    "a watcher for each task": ("watcher = os.fork()", "watcher = 0"),
+    "closed descriptors": ("os.closerange(REPLIES_FD + 1, 64),", "0,"),
+    "exact types": ("kind in (bool, int, float, str)", "isinstance(value, (bool, int, float, str))"),
+    "strict comparison": ("return comparable and expected == reply", "return str(expected) == str(reply)"),
+    "number of replies": ("if rest or not honest", "if not honest"),
     "shape of replies": ("type(reply) is dict and ", ""),
     "how it ended is ours to say": (' and "ended" not in reply', ""),
-    "deep replies": ("contextlib.suppress(ValueError, RecursionError):  # if", "contextlib.suppress(ValueError):  # if"),
-    "source limit": ("code if len(code) <= 2**16 else", "code if True else"),
+    "deep replies": ("contextlib.suppress(ValueError, RecursionError)", "contextlib.suppress(ValueError)"),
+    "source limit": ("if len(code) > 2**16:", "if False:"),
 }  # fmt: skip
 
 
