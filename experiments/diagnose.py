@@ -81,7 +81,7 @@ def updated_copy(policy, trajectories, advantages, cfg):
 
 
 def diagnose_batch(policy, environments, cfg, number, count, samples):
-    """`count` states of one batch; one update with AEM, one without. Returns: {column: (count,)}."""
+    """`count` states of one batch, and an update with AEM and one without. Returns: columns."""
     cfg.aem = True
     cfg.kl_coef = 0.0
     step = -1 - number  # tasks of its own: no training step has a negative number
