@@ -3,7 +3,7 @@
     python experiments/bench.py             # all that need neither TRL nor a GPU, then the figure
     python experiments/bench.py rollout     # many turns, against transformers' generate
     python experiments/bench.py waiting     # what waiting for the longest response costs
-    python experiments/bench.py update      # against a full log-softmax, large vocabulary; 15 minutes
+    python experiments/bench.py update      # against a full log-softmax; 15 minutes
     python experiments/bench.py step        # where the time of a default training step goes
     python experiments/bench.py compile     # --compile true; needs a C++ compiler
     python experiments/bench.py sandbox     # evaluations per second, cost of a test

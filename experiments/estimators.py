@@ -43,25 +43,28 @@ def line(estimator, runs):
     seconds = fmean(row["rollout_seconds"] + row["update_seconds"] for row in steps)
     sampled = fmean(row["groups"] for row in steps)
     masked = fmean(row["masked"] for row in steps)
+    share = "-"
+    if "aem_seconds" in steps[0]:  # in results of an earlier aem.py; aem_cost.py measures it now
+        share = f"{fmean(row['aem_seconds'] for row in steps) / seconds:.2%}"
     return (
         f"{estimator:<10}{fmean(before):>8.1%}{fmean(after):>8.1%}{least:>+12.1%}"
-        f"{seconds:>8.2f}{sampled:>9.1f}{masked:>8.1f}"
+        f"{seconds:>8.2f}{share:>11}{sampled:>9.1f}{masked:>8.1f}"
     )
 
 
 def report():
     """Print the table."""
-    head = f"{'before':>8}{'after':>8}{'least rise':>12}{'s/step':>8}{'sampled':>9}{'masked':>8}"
-    print(f"{'estimator':<10}{head}")
+    head = f"{'estimator':<10}{'before':>8}{'after':>8}{'least rise':>12}"
+    print(f"{head}{'s/step':>8}{'AEM share':>11}{'sampled':>9}{'masked':>8}")
     for estimator in aem.ESTIMATORS:
         runs = []
         for file in sorted(RESULTS.glob(f"{estimator}-seed*.jsonl")):
             runs.append([json.loads(row) for row in file.read_text().splitlines()])
         if runs:
             print(line(estimator, runs))
-    print("before, after: held-out success (256 tasks), mean over seeds;")
-    print("least rise: of the worst seed, in points; sampled: groups per step;")
-    print("masked: trajectories per step left out by compact filtering")
+    print("before, after: held-out success (256 tasks), mean over seeds; ", end="")
+    print("least rise: of the worst seed, in points;")
+    print("sampled: groups per step; masked: trajectories per step left out by compact filtering")
 
 
 def main():
