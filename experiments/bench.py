@@ -583,6 +583,7 @@ def against_floors(shape, rows=128, turns=4, tokens=128, device="cuda", dtype="b
     flops += 6 * made.head.weight.numel() * rows * turns * tokens
     found["rollout_floor"] = decode_bytes(made, forwards, 2) / bandwidth
     found["update_floor"] = flops / rate
+    found["tokens"] = sums["tokens"]
     found["logp_gap"] = sums["gap"] / sums["tokens"]
     if device != "cpu":
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 import bench
 
 import aem
@@ -100,10 +101,10 @@ def peak_of_lora(model):
     return frozen + adapters + max(rollout, activation_bytes(config, BFLOAT16))
 
 
-def main():
-    """Print the table, as Markdown."""
-    print(f"| computed, not measured | needs | {' | '.join(f'fits {name}' for name in GPUS)} |")
-    print("|---" * (2 + len(GPUS)) + "|")
+def table():
+    """The lines of a table in Markdown."""
+    lines = [f"| computed, not measured | needs | {' | '.join(f'fits {name}' for name in GPUS)} |"]
+    lines.append("|---" * (2 + len(GPUS)) + "|")
     for name, shape in SHAPES.items():
         model = build(shape)
         peaks = {
@@ -112,8 +113,9 @@ def main():
         }
         for row, peak in peaks.items():
             fits = ["yes" if peak < USABLE * memory else "no" for memory in GPUS.values()]
-            print(f"| {row} | {peak / 1e9:.0f} GB | {' | '.join(fits)} |")
+            lines.append(f"| {row} | {peak / 1e9:.0f} GB | {' | '.join(fits)} |")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(table()))

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 import diagnose
 
 import aem
@@ -40,7 +41,7 @@ DEFAULTS = vars(aem.Config()) | {"mask_drift": "off"}
 SEEDS = range(1, 9)
 TUNING = (101, 102)
 MAPPED = (101, 102, 103)
-QUICK = {"steps": 20, "eval_every": 20, "eval_tasks": 256, "lr": 7e-4}
+QUICK = {"steps": 20, "eval_every": 20, "eval_tasks": 256}
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
@@ -84,8 +85,8 @@ CELLS = {
     for name, more in REGIMES.items()
     for lr in RATES
 }
-CURVES = ("success", "reward", "response_entropy", "negative", "turns")
-CURVES += ("alpha_min", "alpha_max", "grad_norm", "clip_fraction")
+KEPT = ("success", "reward", "response_entropy", "negative", "turns")
+KEPT += ("alpha_min", "alpha_max", "grad_norm", "clip_fraction")
 
 
 # ------------------------------------------------------------------------------ runs
@@ -162,7 +163,7 @@ def run(flags, seed):
         "seed": seed,
         "before": {"all": rows[0]["eval_success"], **rows[0]["eval_by_type"]},
         "after": {"all": rows[-1]["eval_success"], **rows[-1]["eval_by_type"]},
-        "curves": {name: [rounded(row, name) for row in rows] for name in CURVES},
+        "curves": {name: [rounded(row, name) for row in rows] for name in KEPT},
         "seconds": round(seconds, 1),
         "ended": ended,
     }
@@ -280,7 +281,7 @@ def study(workers):
 
 def quick(workers):
     """Two arms, two seeds, at the default learning rate: is everything in order?"""
-    arms = [setting("household", arm) | QUICK for arm in PAIR]
+    arms = [setting("household", arm, lr=7e-4) | QUICK for arm in PAIR]
     wanted = [(flags, seed) for seed in SEEDS[:2] for flags in arms]
     run_all(wanted, workers, tqdm(total=len(wanted), desc="runs", unit="run"))
     contrasts(finished(), "household, quick: without AEM, with AEM", {"grpo": arms})
