@@ -536,6 +536,7 @@ def compiled():
     """Rollout and update with `--compile true` against the default."""
     plain = policy()
     fast = policy()
+    torch.compiler.config.recompile_limit = 64  # as aem.load_policy does
     fast.body.compile(dynamic=True)
     cfg = settings(max_turns=8)
     found = {}
@@ -562,9 +563,9 @@ def against_floors(shape, rows=128, turns=4, tokens=128, device="cuda", dtype="b
     """Rollout and update of one model, next to what bandwidth and matrix products allow."""
     rate, bandwidth = measured_rates(device, getattr(torch, dtype))
     made = policy(shape, None, device, dtype)
-    if device != "cpu":
-        options = {"use_reentrant": False}
-        made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if device != "cpu":  # as aem.load_policy does
+        aem.checkpoint_layers(made.model)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     ours(made, rows, 1, 4)  # kernels and workspaces
     found = {}
     played = []
@@ -574,7 +575,6 @@ def against_floors(shape, rows=128, turns=4, tokens=128, device="cuda", dtype="b
     cfg = settings(**sizes, device=device)
     give_advantages(played, cfg)
     sums = {}
-    made.recompute_activations(True)
     work = partial(aem.accumulate_gradients, made, played, cfg)
     found["update_seconds"] = seconds(lambda: sums.update(work()))
     embedding = made.model.get_input_embeddings().weight.numel()
