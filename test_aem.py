@@ -1293,3 +1293,394 @@ def test_soft_overlong_penalty_by_hand(monkeypatch, tiny):
     advantages = slow_advantage([10 - p for p in expected], "standardised")
     found = [t.responses[0].advantage for t in kept[:7]]
     assert found == pytest.approx(advantages[:7])
+
+
+# ------------------------------------------------------------------------------ 5. update
+def advantages_of(rewards, cfg, **changes):
+    """Base advantages of trajectories of one response each; None for a reward stands for a crash."""
+    trajectories = []
+    for reward in rewards:
+        crash = {"error": "boom"} if reward is None else {"reward": reward}
+        trajectories.append(invented([2], **crash | changes))
+    return aem.assign_credit(trajectories, cfg).tolist()
+
+
+@pytest.mark.parametrize("estimator", list(aem.ESTIMATORS))
+def test_a_crash_is_missing_from_the_baseline(estimator):
+    cfg = config(estimator=estimator)
+    assert advantages_of([10.0] * 7 + [None], cfg) == [0.0] * 8
+    without = advantages_of([10.0, 0.0, 0.0], cfg)
+    assert advantages_of([10.0, 0.0, 0.0, None], cfg) == [*without, 0.0]
+    assert without[0] > 0 > without[1]
+    assert advantages_of([10.0, None, None], cfg) == [0.0] * 3
+    assert advantages_of([0.1 + 0.2, 0.3], cfg) == [0.0] * 2  # equal but for rounding
+
+
+def test_compact_filtering_masks_but_keeps_the_baseline():
+    trajectories = [invented([2], reward=1.0), invented([3], truncated=True), invented([2])]
+    trajectories.append(invented([4], truncated=True))
+    advantages = aem.assign_credit(trajectories, config(estimator="grpo++")).tolist()
+    assert advantages == pytest.approx([1, 0, -1 / 3, 0])  # dropped first: 1 and -1
+    assert [t.masked for t in trajectories] == [False, True, False, True]
+    aem.assign_credit(trajectories, config())
+    assert not any(t.masked for t in trajectories)
+
+
+def test_scopes_of_the_normalisation(mixed):
+    keys = {"group": lambda t: t.group, "trajectory": id, "batch": lambda t: 0}
+    for scope, key in keys.items():
+        cfg = config(aem_scope=scope, lam=0.7)
+        credit(mixed, cfg)
+        used = [(t, r) for t in mixed if not t.error for r in t.responses]  # no crashed one
+        h_bar = [sum(r.entropy) / len(r.entropy) for _, r in used]
+        expected = slow_alpha(h_bar, [key(t) for t, _ in used], 0.7)
+        assert [r.alpha for _, r in used] == pytest.approx(expected, abs=1e-9)
+        assert all(r.alpha == 1 and r.advantage == 0 for r in mixed[4].responses)
+    assert set(aem.modulate(mixed, config(aem=False), 1).tolist()) == {1.0}
+
+
+def test_every_step_shuffles_anew(mixed):
+    def alphas(step, seed=0):
+        return aem.modulate(mixed, config(aem_direction="shuffle", seed=seed), step).tolist()
+
+    assert alphas(1) == alphas(1)
+    assert alphas(1) != alphas(2) and alphas(1) != alphas(1, seed=1)
+
+
+def test_the_readme_recipe_for_other_trainers_does_what_ours_does(played):
+    """`played` as a dense batch, base advantages 1: what comes out is each token's alpha."""
+    readme = (HERE / "README.md").read_text()
+    recipe = re.split("#+ In your own trainer", readme)[1].split("```python\n")[1].split("```")[0]
+    responses = aem.responses_of(played)
+    shape = (len(played), max(len(t.ids) for t in played))
+    names = {"entropy": torch.zeros(shape), "advantage": torch.ones(shape)}
+    names |= {"turn": torch.full(shape, -1), "aem_coefficients": aem.aem_coefficients}
+    names["task"] = torch.tensor([t.group for t in played])
+    spans = {}
+    for row, t in enumerate(played):
+        for r in t.responses:
+            number = len(spans)
+            spans[number] = row, slice(r.start, r.start + len(r.logp))
+            names["entropy"][spans[number]] = torch.tensor(r.entropy)
+            names["turn"][spans[number]] = number
+    exec(recipe, names)
+    for number, r in enumerate(responses):
+        found = names["advantage"][spans[number]].tolist()
+        assert found == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
+    assert (names["advantage"][names["turn"] < 0] == 1).all()
+
+
+def test_micro_batches_hold_everything_within_the_budget(played):
+    for budget in (1, 100, 500, 10**6):
+        batches = list(aem.micro_batches(played, budget))
+        assert sorted(id(t) for b in batches for t in b) == sorted(map(id, played))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= budget
+    rng = random.Random(0)
+    many = [aem.Trajectory(0, None, None, [5] * rng.randint(100, 1000)) for _ in range(128)]
+    batches = list(aem.micro_batches(many, 8192))
+    padded = sum(len(b) * max(len(t.ids) for t in b) for b in batches)
+    assert padded < 1.1 * sum(len(t.ids) for t in many)  # of like length: little padding
+
+
+def test_micro_batches_order_and_padding_change_nothing(tiny, played):
+    policy = clone(tiny)
+    sums, whole = gradients(policy, played, config(micro_batch_tokens=10**6))
+    assert whole.norm() > 0.01
+    for budget, batch in ((1, played), (150, played), (400, played), (10**6, played[::-1])):
+        other, grads = gradients(policy, batch, config(micro_batch_tokens=budget))
+        assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6)
+        assert torch.allclose(grads, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 6000, 10**9])  # a position at a time, some 13, all
+def test_logps_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, monkeypatch, at_once):
+    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", at_once)
+    policy = clone(tiny, double=True, temperature=0.7)
+    fast = aem.sampled_logps(policy, played)
+    slow = torch.cat([dense_logps(policy, t) for t in played])
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-12) and len(fast) == len(old_logps(played))
+    weights = torch.randn(len(slow), generator=torch.Generator().manual_seed(0))
+    (weights * slow).sum().backward()
+    expected = gradient_of(policy)
+    (weights * fast).sum().backward()
+    assert torch.allclose(gradient_of(policy), expected, rtol=0, atol=1e-10)
+    assert expected.norm() > 0.01
+
+
+def test_the_head_runs_at_sampled_positions_in_chunks_only(tiny, played, monkeypatch):
+    policy = clone(tiny)
+    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", 7 * len(tiny.tokenizer))
+    heights = []
+    policy.head.register_forward_pre_hook(lambda module, args: heights.append(len(args[0])))
+    aem.sampled_logps(policy, played)
+    assert max(heights) <= 7 * 2 and sum(heights) == len(old_logps(played))
+
+
+def test_only_sampled_positions_get_gradient(tiny, played):
+    policy = clone(tiny)
+    hidden = []
+
+    def keep_gradient(module, args, output):
+        hidden.append(output.last_hidden_state)
+        hidden[0].retain_grad()
+
+    policy.body.register_forward_hook(keep_gradient)
+    for r in aem.responses_of(played):
+        r.advantage = 1.0
+    aem.accumulate_gradients(policy, played, config())
+    touched = hidden[0].grad.abs().sum(-1) > 0  # (B, T)
+    for row, t in enumerate(next(aem.micro_batches(played, 8192))):
+        predicting = {at - 1 for _, at, _ in sampled(t)}
+        assert set(touched[row].nonzero().flatten().tolist()) == predicting
+
+
+class Bigram(torch.nn.Module):
+    """A tabular policy: the last token chooses a row of a table, the logits of the next one."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.table = torch.nn.Embedding(size, size)
+        self.head = torch.nn.Linear(size, size, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.eye(size), requires_grad=False)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def get_decoder(self):
+        output = transformers.modeling_outputs.BaseModelOutput
+        return lambda input_ids, **kwargs: output(last_hidden_state=self.table(input_ids))
+
+
+def test_gradient_of_a_tabular_policy_by_hand(tiny, played):
+    size = len(tiny.tokenizer)
+    policy = aem.Policy(Bigram(size), tiny.tokenizer)
+    p = policy.model.table.weight.detach().softmax(-1)
+    expected = torch.zeros(size, size)
+    for t in played:
+        length = len(sampled(t))
+        for r, at, _ in sampled(t):
+            state, token = t.ids[at - 1], t.ids[at]
+            r.logp[at - r.start] = p[state, token].log().item()  # on-policy: the ratio is 1
+            score = torch.nn.functional.one_hot(torch.tensor(token), size) - p[state]
+            expected[state] -= r.advantage * score / length / len(played)
+    aem.accumulate_gradients(policy, played, config())
+    assert torch.allclose(policy.model.table.weight.grad, expected, atol=1e-6)
+    assert expected.norm() > 0.01
+
+
+def test_old_log_probs_can_be_recomputed(tiny, played):
+    policy = clone(tiny, noise=0.01)
+    for r in aem.responses_of(played):
+        r.logp = [x + 0.25 for x in r.logp]  # what was recorded is off
+    truth = torch.cat([dense_logps(policy, t) for t in played]).tolist()
+    learner = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-4)
+    cfg = config(recompute_old_logps=True, minibatches=2)
+    metrics = aem.update(learner, optimizer, played, cfg, 1)
+    assert old_logps(played) == pytest.approx(truth, abs=1e-5)  # of before the first step
+    assert metrics["logp_gap"] < 1e-5
+
+
+def test_update_counts_and_skips(tiny, played):
+    policy = clone(tiny)
+    optimizer = torch.optim.SGD(policy.weights, lr=0.1)
+
+    def update(trajectories, **flags):
+        metrics = aem.update(policy, optimizer, trajectories, config(**flags), 1)
+        pairs = zip(policy.model.parameters(), tiny.model.parameters())
+        return metrics, any(not torch.equal(a, b) for a, b in pairs)
+
+    flat = copy.deepcopy(played)
+    for t in flat:
+        t.reward = 0.1
+    credit(flat, config())
+    assert update(flat) == ({"updates": 0, "skipped_updates": 0}, False)  # and nothing measured
+    broken = copy.deepcopy(played)
+    broken[0].responses[0].logp[0] = math.nan
+    metrics, moved = update(broken, minibatches=1)
+    assert (metrics["updates"], metrics["skipped_updates"], moved) == (0, 1, False)
+    assert "loss" not in metrics
+    metrics, moved = update(played, epochs=2, minibatches=3)
+    assert (metrics["updates"], metrics["skipped_updates"], moved) == (6, 0, True)
+    assert metrics["logp_gap"] < 1e-5  # before the first step; later minibatches are off-policy
+    assert {"loss", "grad_norm", "clip_fraction"} < set(metrics)
+
+
+def slow_step_advantage(group, t, i, rule):
+    """GiGPO's step advantage of response i of t: its return against those after the same text."""
+
+    def anchor(u, j):
+        return u.prompt if j == 0 else u.responses[j - 1].observation
+
+    def discounted(u, j):
+        return sum(0.95 ** (k - j) * u.responses[k].reward for k in range(j, len(u.responses)))
+
+    same = [(u, j) for u in group for j in range(len(u.responses)) if anchor(u, j) == anchor(t, i)]
+    own = [u is t and j == i for u, j in same].index(True)
+    return slow_advantage([discounted(u, j) for u, j in same], rule)[own]
+
+
+def slow_modulated(name, trajectories, with_aem):
+    """{(trajectory, response): advantage}, by loops over everything."""
+    rule, result = SPECIFIED[name][0], {}
+    crash_free = [t for t in trajectories if not t.error]
+    trained = [t for t in crash_free if not (name == "grpo++" and t.truncated)]
+    for t in trained:
+        group = [u for u in crash_free if u.group == t.group]  # filtered ones stay in the baseline
+        own = [u is t for u in group].index(True)
+        episode = slow_advantage([u.reward - u.penalty for u in group], rule)[own]
+        for i in range(len(t.responses)):
+            result[id(t), i] = episode
+            if name == "gigpo":
+                result[id(t), i] += slow_step_advantage(group, t, i, rule)
+    if with_aem:
+        rows = [(t, i, r) for t in trained for i, r in enumerate(t.responses)]
+        h_bar = [sum(r.entropy) / len(r.entropy) for _, _, r in rows]
+        alphas = slow_alpha(h_bar, [t.group for t, _, _ in rows])
+        for (t, i, _), alpha in zip(rows, alphas):
+            result[id(t), i] *= alpha
+    return result
+
+
+def slow_estimator_loss(name, policy, trajectories, with_aem, cfg):
+    """(loss, tokens clipped above, below, not at all): a forward per trajectory, token by token."""
+    _, mean, low, high, by_sequence = SPECIFIED[name]
+    advantages = slow_modulated(name, trajectories, with_aem)
+    losses, seen = [], Counter(above=0, below=0, inside=0)
+    for t in trajectories:
+        if (id(t), 0) not in advantages:
+            continue
+        logps = dense_logps(policy, t)
+        olds = torch.tensor([old for _, _, old in sampled(t)], dtype=torch.float64)
+        sequence = torch.exp((logps - olds).mean())
+        number = {id(r): i for i, r in enumerate(t.responses)}
+        losses.append([])
+        for logp, (r, _, old) in zip(logps, sampled(t)):
+            a = advantages[id(t), number[id(r)]]
+            ratio = torch.exp(logp - old)
+            if by_sequence and with_aem:  # each token of its own advantage, and gradient
+                ratio = sequence.detach() * torch.exp(logp - logp.detach())
+            elif by_sequence:  # GSPO's own form: one ratio for all
+                ratio = sequence
+            inside = min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high))
+            losses[-1].append(-min(ratio * a, inside * a))
+            if a > 0 and ratio > 1 + high:
+                seen["above"] += 1
+            elif a < 0 and ratio < 1 - low:
+                seen["below"] += 1
+            else:
+                seen["inside"] += 1
+    sums, lengths = [sum(x) for x in losses], [len(x) for x in losses]
+    if mean == "trajectory":
+        return sum(x / n for x, n in zip(sums, lengths)) / len(losses), seen
+    if mean == "token":
+        return sum(sums) / sum(lengths), seen
+    return sum(sums) / (len(trajectories) * cfg.max_turns * cfg.max_response_tokens), seen
+
+
+@pytest.mark.parametrize("with_aem", [False, True])
+@pytest.mark.parametrize("name", list(aem.ESTIMATORS))
+def test_every_estimator_equals_a_slow_one(name, with_aem, tiny, mixed):
+    cfg = config(estimator=name, aem=with_aem, groups=3, group_size=6)
+    policy = clone(tiny, double=True)
+    credit(mixed, cfg)
+    expected = slow_modulated(name, mixed, with_aem)
+    for t in mixed:
+        for i, r in enumerate(t.responses):
+            assert r.advantage == pytest.approx(expected.get((id(t), i), 0.0), abs=1e-9)
+    aem.record_logps(policy, mixed, cfg, "logp")  # on-policy
+    for noise in (0.0, 1e-4 if name == "gspo" else 0.02):  # then off-policy: both clips act
+        moved = clone(policy, noise)
+        sums, fast = gradients(moved, mixed, cfg)
+        loss, seen = slow_estimator_loss(name, moved, mixed, with_aem, cfg)
+        loss.backward()
+        slow = gradient_of(moved)
+        assert sums["loss"] == pytest.approx(loss.item(), abs=1e-6)
+        assert sums["clip_fraction"] == seen["above"] + seen["below"]
+        assert (fast - slow).abs().max() <= 1e-6 * max(1, slow.abs().max()) and slow.norm() > 0.01
+        assert all(n > 0 for n in seen.values()) == (noise > 0)
+    assert fast.dtype == torch.float64
+
+
+def test_kl_is_k3_to_the_reference(tiny, played):
+    cfg = config(kl_coef=0.5)
+    reference = clone(tiny, double=True)
+    aem.record_logps(reference, played, cfg, "reference")
+    for r in played[3].responses:
+        r.advantage = 0.0  # nothing to learn here: only the KL pulls
+    assert gradients(reference, played, cfg)[0]["kl"] == 0  # at the start there is no distance
+    policy = clone(reference, noise=0.02)
+    sums, fast = gradients(policy, played, cfg)
+    without, base = gradients(policy, played, config())
+    loss = summed = 0.0
+    for t in played:
+        d = dense_logps(reference, t).detach() - dense_logps(policy, t)
+        k3 = torch.exp(d) - d - 1
+        loss = loss + 0.5 * k3.mean() / len(played)
+        summed += k3.sum().item()
+    loss.backward()
+    pull = gradient_of(policy)
+    assert sums["tokens"] == len(old_logps(played))
+    assert sums["loss"] - without["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert sums["kl"] == pytest.approx(summed, rel=1e-6) and summed > 0
+    assert torch.allclose(fast - base, pull, atol=1e-8) and pull.norm() > 1e-4
+
+
+def test_without_a_kl_term_a_collapsed_log_prob_is_no_nan(tiny, played):
+    for r in aem.responses_of(played):
+        r.logp = [x + 100 for x in r.logp]  # e^100 is more than a float32 holds
+    sums, grads = gradients(clone(tiny), played, config())
+    assert math.isfinite(sums["loss"]) and sums["kl"] == 0 and grads.isfinite().all()
+
+
+# ------------------------------------------------------------------------------ 6. training
+def frozen(policy):
+    return torch.optim.SGD(copy.deepcopy(policy.model).parameters(), lr=0.0)
+
+
+def test_success_counts_everything_that_was_sampled(tiny, monkeypatch):
+    change_row(monkeypatch, "dapo", overlong=0.0)
+    cfg = config(estimator="dapo")
+    trained, metrics = aem.train_step(tiny, frozen(tiny), lottery(), cfg, 1)
+    _, drawn = aem.sample_batch(tiny, lottery(), cfg, 1)
+    assert metrics["success"] == sum(t.success for t in drawn) / len(drawn)
+    assert metrics["reward"] == pytest.approx(sum(t.reward for t in drawn) / len(drawn))
+    assert metrics["groups"] == len(drawn) // 4
+    assert metrics["dropped_groups"] == metrics["groups"] - 4 > 0
+    assert len(trained) == 16 and sum(t.success for t in trained) == 8
+
+
+def test_limits_are_seen_and_counted(tiny, monkeypatch):
+    cfg = config(estimator="grpo++", max_turns=2)
+    environments = [Echo() for _ in range(16)]
+    trajectories, metrics = aem.train_step(tiny, frozen(tiny), environments, cfg, 1)
+    assert all(t.truncated and t.masked for t in trajectories)
+    assert metrics["truncated"] == metrics["masked"] == 16
+    assert metrics["updates"] == metrics["overlong"] == 0
+    change_row(monkeypatch, "grpo", overlong=0.9)
+    _, metrics = aem.train_step(tiny, frozen(tiny), lottery(), config(max_turns=1), 1)
+    assert metrics["truncated"] == metrics["masked"] == 0
+    assert metrics["updates"] > 0 and metrics["overlong"] > 0
+
+
+def test_a_step_shows_a_alpha_and_their_product(tiny):
+    trajectories, metrics = aem.train_step(tiny, frozen(tiny), lottery(), config(), 0)
+    base = aem.assign_credit(trajectories, config()).tolist()
+    alphas = aem.modulate(trajectories, config(), 0).tolist()
+    responses = aem.responses_of(trajectories)
+    assert [r.alpha for r in responses] == alphas and any(base)
+    assert [r.advantage for r in responses] == [a * alpha for a, alpha in zip(base, alphas)]
+    assert metrics["alpha_max"] == max(alphas) and metrics["alpha_min"] == min(alphas)
+    negative = sum(a < 0 for a in base) / len(base)
+    assert metrics["negative"] == pytest.approx(negative)
+    measured_in_updates = {"updates", "loss", "grad_norm", "clip_fraction", "kl", "logp_gap"}
+    assert not measured_in_updates & set(metrics)  # step 0 has none: no zeros that nobody measured
+
+
+def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
+    first = {"eval_success": 0.5, "eval_by_type": {"a": 0.5}, "eval_tasks": 8}
+    last = {"eval_success": 0.75, "eval_by_type": {"a": 1.0, "b": 0.5}, "eval_tasks": 8}
+    aem.report(Path("runs/x"), [first, {}, last, {}], 1)
+    assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
