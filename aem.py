@@ -34,7 +34,8 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -202,8 +203,13 @@ def entropy_drift(logits, advantages):
 
 
 # ------------------------------------------------------------------------------ 2. settings
-def flag(default, text, least=0):
-    return field(default=default, metadata={"help": text, "least": least})
+AT_LEAST = {"groups": 1, "max_turns": 1, "max_response_tokens": 1, "max_length": 1, "epochs": 1}
+AT_LEAST |= {"minibatches": 1, "micro_batch_tokens": 1, "eval_every": 1, "eval_tasks": 1}
+AT_LEAST |= {"save_every": 1, "group_size": 2, "temperature": 0.01}  # all other numbers: 0
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -223,32 +229,32 @@ class Config:
     max_resample: int = flag(20, "DAPO: draws at most to replace groups of equal rewards; or 0")
     kl_coef: float = flag(0.0, "weight of the KL divergence (k3) from the starting policy")
     # rollout
-    groups: int = flag(16, "tasks per step; the rollouts of one task are a group G", least=1)
-    group_size: int = flag(8, "rollouts of each task; a group of one has no baseline", least=2)
-    max_turns: int | None = flag(None, "responses per trajectory; by default the env's", least=1)
-    max_response_tokens: int | None = flag(None, "tokens per response; also the env's", least=1)
-    max_length: int = flag(4096, "tokens per trajectory, prompt and observations too", least=1)
+    groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
+    group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
+    max_turns: int | None = flag(None, "responses per trajectory; by default the env's")
+    max_response_tokens: int | None = flag(None, "tokens per response; also the env's")
+    max_length: int = flag(4096, "tokens per trajectory, prompt and observations too")
     env_timeout: float | None = flag(None, "seconds a step may take; 60 for others' envs; 0: any")
     action_tag: str = flag("", "'action': only <action>...</action> reaches the environment")
-    temperature: float = flag(1.0, "sampling temperature; pi and entropies are meant at it", 0.01)
+    temperature: float = flag(1.0, "sampling temperature; pi and entropies are meant at it")
     # update
     steps: int = flag(100, "training steps, each a rollout batch and its update; 0: evaluate only")
     lr: float | None = flag(None, "AdamW; by default 7e-4 below 10 M weights, LoRA 1e-5, else 1e-6")
     lora_rank: int = flag(0, "train LoRA adapters of this rank (pip install peft); 0: all weights")
-    epochs: int = flag(1, "passes of the update over one rollout batch", least=1)
-    minibatches: int = flag(2, "optimizer steps per pass", least=1)
+    epochs: int = flag(1, "passes of the update over one rollout batch")
+    minibatches: int = flag(2, "optimizer steps per pass")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     recompute_old_logps: bool = flag(False, "old log-probs by the update's forward: bf16's gap")
     # machine
     device: str = flag("auto", "'cpu', 'cuda', ...; 'auto': a GPU for all but 'tiny'")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of matrix products")
-    micro_batch_tokens: int = flag(8192, "tokens per forward, padding included", least=1)
+    micro_batch_tokens: int = flag(8192, "tokens per forward, padding included")
     compile: bool = flag(False, "torch.compile the model")
     # the run
     seed: int = flag(0, "of tasks, sampling and minibatches")
-    eval_every: int = flag(20, "steps between evaluations; also the first and the last", least=1)
-    eval_tasks: int = flag(256, "tasks per evaluation, one rollout of each", least=1)
-    save_every: int = flag(20, "steps between checkpoints; also at the end, or Ctrl-C", least=1)
+    eval_every: int = flag(20, "steps between evaluations; also the first and the last")
+    eval_tasks: int = flag(256, "tasks per evaluation, one rollout of each")
+    save_every: int = flag(20, "steps between checkpoints; also at the end, or Ctrl-C")
     out: str = flag("runs", "folder that holds the runs")
     name: str = flag("", "the run's folder in --out; by default numbered")
     resume: Literal["", "auto"] = flag("", "'auto': go on with the run --name, or begin it")
@@ -259,10 +265,10 @@ class Config:
 
     def check(self):
         """Settle what is None or 'auto'. Raises UsageError for a number out of bounds."""
-        for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
+        for name, value in asdict(self).items():
+            least = AT_LEAST.get(name, 0)
             if isinstance(value, int | float) and not least <= value < math.inf:
-                raise UsageError(f"--{f.name} must be at least {least} and finite, not {value}")
+                raise UsageError(f"--{name} must be at least {least} and finite, not {value}")
         self.out = os.path.abspath(os.path.expanduser(self.out))  # an environment may change folder
         if self.env_timeout is None:
             self.env_timeout = 0.0 if self.env in envs.ENVS else 60.0
@@ -311,12 +317,6 @@ class Policy:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.temperature == 1 else logits / self.temperature  # no needless copy
 
-    def recompute_activations(self, on):
-        """Gradient checkpointing: in an update only, as it would drop a rollout's cache."""
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = on  # this module alone: no dropout inside it
-
     def opening_ids(self, instructions, observation):
         """Ids of a conversation up to the first response: the chat template, rendered once."""
         observation = self.special.sub(" ", observation)  # it can't open or end a turn
@@ -328,7 +328,7 @@ class Policy:
         return list(self.encode(text))
 
     def observation_ids(self, observation, ended):
-        """Ids that an observation adds; they end the agent's turn if no sampled token `ended` it."""
+        """Ids that an observation adds. They end the agent's turn, unless it has `ended` itself."""
         observation = self.special.sub(" ", observation).strip()
         ids = self.encode(self.before + observation + self.after)
         return ids[ids.index(self.end) + 1 :] if ended else ids
@@ -346,7 +346,6 @@ def render(tokenizer, turns):
 
 def chat_frame(tokenizer):
     """What a chat template puts between a response and an observation, and after that.
-
     Returns: (before, after, id of the end-of-turn token: the first special one in `before`).
     """
     if not tokenizer.chat_template:
@@ -376,23 +375,32 @@ def add_adapter(model, cfg):
 
 @torch.no_grad()
 def check_model(policy, cfg):
-    """Raises ValueError for a model whose cached rollout would not be what it says itself."""
+    """Raises ValueError for a model that is not head(body(ids)), or sees only a window of ids."""
     config = policy.body.config
     window = getattr(config, "sliding_window", None) or cfg.max_length
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    if slides and window < cfg.max_length:
+    if window < cfg.max_length and "sliding_attention" in kinds:
         raise ValueError(f"some layers see only the last {window} tokens: lower --max_length")
+    t = Trajectory(0, None, None, list(range(8)))
     cache = SlotCache()
-    trajectories = [Trajectory(0, None, None, list(range(n))) for n in (8, 5)]
-    for _ in range(2):  # prompts of different lengths, then a token each
-        for t, logits in zip(trajectories, next_logits(policy, cache, trajectories, cfg)):
-            ids = torch.tensor([t.ids], device=policy.device)  # (1, T)
-            whole = policy.model(ids, use_cache=False).logits[0, -1].float() / policy.temperature
-            gap = (logits.softmax(-1) - whole.softmax(-1)).abs().sum().item()
-            if not gap < 0.05:  # bfloat16's rounding is less
-                raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
-            t.ids.append(1)
+    for _ in range(2):  # a prompt, then a token
+        ours = next_logits(policy, cache, [t], cfg)[0].softmax(-1)  # (V,)
+        ids = torch.tensor([t.ids], device=policy.device)
+        theirs = (policy.model(ids).logits[0, -1].float() / policy.temperature).softmax(-1)
+        gap = (ours - theirs).abs().sum().item()
+        if not gap < 0.05:  # bfloat16's rounding is less; a NaN is not
+            raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
+        t.ids.append(1)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: backward computes each layer again. (Under no_grad, nothing changes.)
+
+    Not by transformers' own switch: it needs training mode, with a rollout's cache off, dropout on.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def load_policy(cfg, path):
@@ -413,8 +421,10 @@ def load_policy(cfg, path):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error
     if cfg.device != "cpu":
-        model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        checkpoint_layers(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape
     if cfg.compile:
+        torch.compiler.config.recompile_limit = 64  # prompts and single tokens, rollout and update
         policy.body.compile(dynamic=True)
     return policy
 
@@ -485,7 +495,6 @@ def responses_of(trajectories):
 
 class SlotCache:
     """Key-value cache in which a token's slot is its position: rows grow at their own length.
-
     Padding lands in slots that later tokens overwrite; until then the mask hides it.
     """
 
@@ -495,7 +504,6 @@ class SlotCache:
 
     def prepare(self, slots, needed):
         """Announce a forward of tokens at `slots` (B, T) < `needed`.
-
         Returns: what is added to attention's scores (B, 1, T, capacity), -inf behind a token.
         """
         self.slots = slots
@@ -525,7 +533,6 @@ class SlotCache:
 
 def next_logits(policy, cache, trajectories, cfg):
     """Logits (B, V) of each trajectory's next token: forwards over what is not in the cache yet.
-
     At most about `micro_batch_tokens` at once: a batch of long prompts could fill the memory.
     """
     width = max(1, cfg.micro_batch_tokens // len(trajectories))
@@ -587,19 +594,20 @@ def action_in(text, tag):
 
 def begin(policy, t, observation, info, cfg):
     """Enter a task into its trajectory: what the environment's `reset` returned."""
-    t.prompt = observation
-    t.task_type = info.get("task_type", "")
     instructions = getattr(t.env, "instructions", "")
     if cfg.action_tag:
         instructions += " Think first, between <think> and </think>; then give your action,"
         instructions += f" between <{cfg.action_tag}> and </{cfg.action_tag}>."
     t.ids = policy.opening_ids(instructions, observation)
+    t.prompt = observation
+    t.task_type = info.get("task_type", "")
     if len(t.ids) + cfg.max_response_tokens > cfg.max_length:
         raise ValueError(f"a prompt of {len(t.ids)} tokens leaves no room: raise --max_length")
 
 
 def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
     """Enter what the environment says to the last response: what its `step` returned."""
+    ids = policy.observation_ids(observation, ended=t.ids[-1] == policy.end)
     response = t.responses[-1]
     response.observation = observation
     response.reward = float(reward)
@@ -609,7 +617,6 @@ def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
     no_action = not action_in(response.text, cfg.action_tag).strip()
     t.invalid += bool(info.get("invalid", no_action))
     t.success = bool(info.get("success", terminated and not truncated and reward > 0))
-    ids = policy.observation_ids(observation, ended=t.ids[-1] == policy.end)
     no_turn = len(t.responses) >= cfg.max_turns
     no_room = len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
     t.truncated = bool(not terminated and (truncated or no_turn or no_room))
@@ -618,13 +625,13 @@ def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
         t.ids += ids
 
 
-def call(function, in_thread):
-    """A Future of function(), computed here and now, or in a thread that may hang."""
+def call(function, argument, in_thread):
+    """A Future of function(argument), computed here and now, or in a thread, which may hang."""
     future = Future()
 
     def work():
         try:
-            future.set_result(function())
+            future.set_result(function(argument))
         except BaseException as error:  # SystemExit too: whoever asks for the result gets it
             future.set_exception(error)
 
@@ -637,7 +644,6 @@ def call(function, in_thread):
 
 def exchange(policy, trajectories, seeds, cfg):
     """Let each environment reset, or step. A crash or a timeout fails its own trajectory.
-
     Those that are `parallel` work at the same time, and have one deadline together.
     """
 
@@ -648,7 +654,7 @@ def exchange(policy, trajectories, seeds, cfg):
 
     parallel = getattr(trajectories[0].env, "parallel", False)
     for batch in [trajectories] if parallel else [[t] for t in trajectories]:
-        futures = [call(partial(ask, t), parallel or cfg.env_timeout > 0) for t in batch]
+        futures = [call(ask, t, parallel or cfg.env_timeout > 0) for t in batch]
         wait(futures, cfg.env_timeout or None)
         for t, future in zip(batch, futures):
             enter = observe if t.responses else begin
@@ -665,10 +671,9 @@ def exchange(policy, trajectories, seeds, cfg):
 
 def rollout(policy, environments, seeds, group_size, cfg, stream):
     """`group_size` episodes of each seed's task in one batch, turn by turn.
-
     All sample a response together, those that are done with theirs wait; then all environments
     step. `stream` names the random numbers. Each process plays its part of the trajectories.
-    Returns: N trajectories, those of a group one after the other. Raises UsageError.
+    Returns: N trajectories, those of a group one after the other.
     """
     rank, world = rank_and_world()
     count = len(seeds) * group_size
@@ -690,12 +695,15 @@ def rollout(policy, environments, seeds, group_size, cfg, stream):
         if t.env is None:
             environments[i] = make_environments(cfg, 1)[0]
         t.env = t.rng = None  # other processes need neither
-    trajectories = sum(gather(trajectories), [])
+    return sum(gather(trajectories), [])
+
+
+def check_crashes(trajectories, cfg):
+    """Raises UsageError, with the first traceback, if most trajectories crashed."""
     errors = [t.error for t in trajectories if t.error]
     if 2 * len(errors) > len(trajectories):
         crashed = f"--env {cfg.env} crashed in {len(errors)} of {len(trajectories)} trajectories"
         raise UsageError(f"{crashed} (--env_timeout 0 keeps it in the main thread):\n{errors[0]}")
-    return trajectories
 
 
 def make_environments(cfg, count=None):
@@ -714,7 +722,6 @@ def make_environments(cfg, count=None):
 
 def sample_batch(policy, environments, cfg, step):
     """Trajectories of `groups` tasks. Dynamic sampling (DAPO) replaces groups that do not vary.
-
     Returns: (trajectories to train on, all that were sampled). Raises UsageError if
     `max_resample` further draws are not enough.
     """
@@ -737,6 +744,7 @@ def sample_batch(policy, environments, cfg, step):
         varied = {g for g, values in rewards.items() if vary(torch.tensor(values).double())}
         kept += [t for t in drawn if draws == 0 or t.group in varied]
         sampled += drawn
+        check_crashes(sampled, cfg)
         if len(kept) == cfg.groups * cfg.group_size:
             return kept, sampled
     found = f"{len(kept) // cfg.group_size} of {len(sampled) // cfg.group_size} groups"
@@ -747,7 +755,6 @@ def sample_batch(policy, environments, cfg, step):
 # ------------------------------------------------------------------------------ 5. update
 def assign_credit(trajectories, cfg):
     """Base advantage A (R,) of every response: its trajectory's against the group's.
-
     Crashed trajectories are missing from their group. Those that compact filtering masks count in
     the baseline. Neither are trained on: A = 0.
     """
@@ -767,7 +774,6 @@ def assign_credit(trajectories, cfg):
 
 def step_advantages(trajectories, group, rule):
     """GiGPO's A_step (R,): discounted returns, compared after the same observation, the anchor.
-
     Source: arXiv:2505.10978. An anchor that is met once in its group gives 0.
     """
     anchors = {}  # (group, observation) -> its number
@@ -785,7 +791,6 @@ def step_advantages(trajectories, group, rule):
 
 def modulate(trajectories, cfg, step):
     """AEM's alpha (R,) of every response; 1 without AEM.
-
     Responses that are not trained on stay out of their group's min, max and mean.
     """
     turns = torch.tensor([len(t.responses) for t in trajectories])
@@ -812,7 +817,6 @@ def micro_batches(trajectories, budget):
 
 def sampled_logps(policy, trajectories):
     """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
-
     The head runs at sampled positions only, in chunks that backward computes again, so that
     (tokens x vocabulary) never exists.
     """
@@ -839,7 +843,8 @@ def sampled_logps(policy, trajectories):
 def record_logps(policy, trajectories, cfg, name):
     """Set every response's `name`, 'logp' or 'reference', by the update's forwards of `policy`."""
     rank, world = rank_and_world()
-    batches = list(micro_batches([t for t in trajectories if t.ids], cfg.micro_batch_tokens))
+    batches = [t for t in trajectories if t.responses]
+    batches = list(micro_batches(batches, cfg.micro_batch_tokens))
     parts = gather([sampled_logps(policy, batch).tolist() for batch in batches[rank::world]])
     for i, batch in enumerate(batches):
         logps = iter(parts[i % world][i // world])
@@ -849,7 +854,6 @@ def record_logps(policy, trajectories, cfg, name):
 
 def policy_loss(policy, batch, cfg):
     """The loss of a micro-batch: a sum over its sampled tokens, of its trajectories' weights.
-
     Returns: (loss, sums over the tokens for the metrics).
     """
     rule = ESTIMATORS[cfg.estimator]
@@ -880,7 +884,6 @@ def policy_loss(policy, batch, cfg):
 
 def accumulate_gradients(policy, trajectories, cfg):
     """Gradients of one optimizer step. Weights are fixed first: micro-batches change nothing.
-
     Each process takes every n-th micro-batch; then gradients and sums are added up.
     Returns: Counter of sums over tokens; empty if there is nothing to learn.
     """
@@ -911,7 +914,6 @@ def accumulate_gradients(policy, trajectories, cfg):
 
 def update(policy, optimizer, trajectories, cfg, step):
     """PPO-clip on one rollout batch: `epochs` passes of `minibatches` optimizer steps.
-
     A step that is not finite is skipped; where no reward varies, there is none. Returns: metrics,
     means over steps, of trajectories with an advantage; logp_gap before the first: rounding.
     """
@@ -919,7 +921,6 @@ def update(policy, optimizer, trajectories, cfg, step):
         record_logps(policy, trajectories, cfg, "logp")
     if cfg.kl_coef:
         record_logps(policy.reference, trajectories, cfg, "reference")
-    policy.recompute_activations(True)
     shuffler = random.Random(f"{cfg.seed}/minibatches/{step}")
     rows, gaps = [], []
     for _ in range(cfg.epochs):
@@ -935,7 +936,6 @@ def update(policy, optimizer, trajectories, cfg, step):
                 shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl")}
                 rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
             optimizer.zero_grad()
-    policy.recompute_activations(False)
     metrics = {"updates": len(rows), "skipped_updates": len(gaps) - len(rows)}
     if gaps:
         metrics["logp_gap"] = gaps[0]
@@ -947,7 +947,6 @@ def update(policy, optimizer, trajectories, cfg, step):
 # ------------------------------------------------------------------------------ 6. training
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm. Step 0 measures the starting policy and trains nothing.
-
     Returns: (trajectories, metrics).
     """
     start = time.perf_counter()
@@ -992,7 +991,6 @@ def batch_metrics(trajectories, sampled):
 
 def evaluate(policy, environments, cfg):
     """One sampled rollout of each evaluation task, with the same random numbers each time.
-
     Returns: (trajectories, metrics).
     """
     start = time.perf_counter()
@@ -1002,6 +1000,7 @@ def evaluate(policy, environments, cfg):
     for first in range(0, len(seeds), size):
         batch = seeds[first : first + size]
         played += rollout(policy, environments, batch, 1, cfg, f"eval/{first}")
+    check_crashes(played, cfg)
     kinds = sorted({t.task_type for t in played if t.task_type})
     return played, {
         "eval_success": fmean(t.success for t in played),
@@ -1065,13 +1064,12 @@ def report(run, rows, seconds):
 # ------------------------------------------------------------------------------ 7. the run
 LOGS = ("metrics.jsonl", "trajectories.txt")
 MAY_CHANGE = {"steps", "eval_every", "eval_tasks", "save_every", "resume", "out", "name", "wandb"}
-SHOWN = ("success", "reward", "response_entropy", "alpha_min", "alpha_max", "eval_success")
 MAY_CHANGE |= {"cache_dir", "env_timeout", "micro_batch_tokens", "max_resample"}
+SHOWN = ("success", "reward", "response_entropy", "alpha_min", "alpha_max", "eval_success")
 
 
 def rank_and_world():
     """This process's number, and how many there are: (0, 1) but under torchrun.
-
     Data parallel: all hold the whole policy, and all trajectories of a batch. Each rolls out its
     part of these, and computes the gradients of its part of the micro-batches.
     """
@@ -1090,22 +1088,24 @@ def open_run(cfg):
     """The run's folder: a new one, or the one to resume. Raises UsageError."""
     stem = f"{cfg.env.replace(':', '.')}-{cfg.estimator}{'-aem' if cfg.aem else ''}-seed{cfg.seed}"
     begun = sorted(Path(cfg.out).glob(f"{stem}-*"), key=lambda run: run.stat().st_mtime)
-    run = Path(cfg.out) / (cfg.name or f"{stem}-{len(begun) + 1}")
+    number = 1
+    while (Path(cfg.out) / f"{stem}-{number}").exists():
+        number += 1
+    run = Path(cfg.out) / (cfg.name or f"{stem}-{number}")
     if cfg.resume and begun and not cfg.name:
         run = begun[-1]
     try:
         run.mkdir(parents=True, exist_ok=cfg.resume == "auto")
     except OSError as error:
-        reason = f"({error.strerror}): choose another --out or --name, or --resume auto"
-        raise UsageError(f"cannot make the run's folder {run} {reason}") from error
+        remedy = "choose another --out or --name, or --resume auto"
+        raise UsageError(f"cannot make the run's folder {run} ({error}): {remedy}") from error
     return run
 
 
 def check_same(run, cfg):
     """Raises UsageError if a run to be resumed has other settings in anything that matters."""
     then = json.loads((run / "config.json").read_text())
-    if cfg.lr is None:
-        cfg.lr = then["lr"]
+    cfg.lr = then["lr"] if cfg.lr is None else cfg.lr
     differ = [k for k, v in asdict(cfg).items() if k not in MAY_CHANGE and v != then.get(k)]
     if differ:
         raise UsageError(f"{run} has another --{', --'.join(differ)}: use its, or another --name")
@@ -1123,7 +1123,7 @@ def save_checkpoint(run, policy, optimizer, step):
         "step": step,
         "weights": {name: p.data for name, p in named if p.requires_grad},
         "optimizer": optimizer.state_dict(),
-        "sizes": {name: (run / name).stat().st_size for name in LOGS},
+        "logs": {name: (run / name).read_text("utf-8") for name in LOGS},
     }
     new = run / "checkpoints" / f"step-{step:06}.pt"
     new.parent.mkdir(exist_ok=True)
@@ -1135,23 +1135,22 @@ def save_checkpoint(run, policy, optimizer, step):
 
 def load_checkpoint(run, policy, optimizer):
     """Go back to the newest checkpoint, with the logs as they were then.
-
     Returns: the next step, 0 if there is no checkpoint. Raises UsageError for a broken one.
     """
-    saved = {"step": -1, "sizes": dict.fromkeys(LOGS, 0)}
+    state = {"step": -1, "logs": dict.fromkeys(LOGS, "")}
     if checkpoints(run):
         newest = checkpoints(run)[-1]
         try:
-            saved = torch.load(newest, map_location=policy.device)
-            policy.model.load_state_dict(saved["weights"], strict=False)  # the others are frozen
-            optimizer.load_state_dict(saved["optimizer"])
+            state = torch.load(newest, map_location=policy.device)
+            policy.model.load_state_dict(state["weights"], strict=False)  # the others are frozen
+            optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # whatever a broken file makes of unpickling
             remedy = "remove it, and the run goes on from the one before"
             raise UsageError(f"{newest} is broken ({error}): {remedy}") from error
-    for name, size in saved["sizes"].items():
-        if (run / name).exists() and rank_and_world()[0] == 0:
-            os.truncate(run / name, size)
-    return saved["step"] + 1
+    if rank_and_world()[0] == 0:
+        for name, text in state["logs"].items():
+            (run / name).write_text(text, "utf-8")
+    return state["step"] + 1
 
 
 def export(run, policy):
@@ -1162,15 +1161,39 @@ def export(run, policy):
     gather(None)  # nobody leaves before it is written: torchrun would end the others
 
 
-def record(run, row, trajectories):
+def record(run, row, trajectories, cfg):
     """Append a step to the run's files."""
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    with open(run / "trajectories.txt", "a", errors="backslashreplace") as file:
+    with open(run / "trajectories.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(readable(trajectories, row["step"]) if "eval_success" in row else "")
     errors = [t.error for t in trajectories if t.error]
     if errors and not (run / "env_error.txt").exists():
-        (run / "env_error.txt").write_text(errors[0], errors="backslashreplace")
+        (run / "env_error.txt").write_text(errors[0], "utf-8", "backslashreplace")
+    if cfg.wandb:
+        import wandb  # pip install wandb
+
+        wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), reinit="return_previous")
+        wandb.log(row, step=row["step"])
+
+
+@contextmanager
+def caught_signals():
+    """A list of the SIGINTs and SIGTERMs received inside; a second one ends the run at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, before[number])
+
+    in_main = threading.current_thread() is threading.main_thread()  # others can't catch any
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def set_up(cfg):
@@ -1197,17 +1220,27 @@ def set_up(cfg):
             run.rmdir()
         raise UsageError(error) from error
     if cfg.lr is None:
-        whole = all(p.requires_grad for p in policy.model.parameters())
+        adapters = any(not p.requires_grad for p in policy.model.parameters())
         small = policy.model.num_parameters() < 1e7
-        cfg.lr = 1e-5 if not whole else 7e-4 if small else 1e-6
+        cfg.lr = 1e-5 if adapters else 7e-4 if small else 1e-6
     return run, environments, policy
 
 
-def train(cfg, signals=()):
-    """Train a policy; everything lands in the run's folder. Returns: the rows of metrics.jsonl.
+def one_step(policy, optimizer, environments, cfg, step):
+    """A training step, and an evaluation when it is due. Returns: (trajectories, metrics)."""
+    trajectories, metrics = [], {"step": step}
+    if cfg.steps > 0:
+        trajectories, metrics = train_step(policy, optimizer, environments, cfg, step)
+    if step % cfg.eval_every == 0 or step == cfg.steps:
+        evaluated, more = evaluate(policy, environments, cfg)
+        trajectories = trajectories or evaluated
+        metrics |= more
+    return trajectories, metrics
 
-    Args: signals, a list to which SIGINT and SIGTERM are added: then the run saves and ends.
-    Raises UsageError.
+
+def train(cfg):
+    """Train a policy; everything lands in the run's folder. Returns: the rows of metrics.jsonl.
+    Raises UsageError. After SIGINT or SIGTERM it saves, and exits with 130 or 143.
     """
     start = time.perf_counter()
     cfg.check()
@@ -1215,69 +1248,59 @@ def train(cfg, signals=()):
     run, environments, policy = set_up(cfg)
     optimizer = torch.optim.AdamW(policy.weights, lr=cfg.lr, weight_decay=0.0)
     begin_at = load_checkpoint(run, policy, optimizer) if cfg.resume else 0
+    stop = 0
     first = rank_and_world()[0] == 0
     if first:
-        (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    if cfg.wandb and first:
-        import wandb  # pip install wandb
-
-        wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg))
-    bar = tqdm(total=cfg.steps + 1, initial=begin_at, desc=run.name, unit="step", disable=not first)
-    for step in range(begin_at, cfg.steps + 1):
-        trajectories, row = [], {"step": step}
-        try:
-            if cfg.steps:
-                trajectories, row = train_step(policy, optimizer, environments, cfg, step)
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                evaluated, metrics = evaluate(policy, environments, cfg)
-                trajectories = trajectories or evaluated
-                row |= metrics
-        except UsageError:  # too few groups that vary, too many crashes: what was learned stays
-            export(run, policy)
-            raise
-        stop = max(gather(max(signals, default=0)))
-        if first:
-            record(run, row, trajectories)
-            if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
-                save_checkpoint(run, policy, optimizer, step)
-        bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row}, refresh=False)
-        bar.update()
-        if stop:
-            break
-    bar.close()
-    if cfg.steps:
+        (run / "config.partial").write_text(json.dumps(asdict(cfg), indent=2))
+        (run / "config.partial").rename(run / "config.json")
+    bar = tqdm(initial=begin_at, total=cfg.steps + 1, desc=run.name, disable=not first)
+    with caught_signals() as received, bar:
+        for step in range(begin_at, cfg.steps + 1):
+            try:
+                trajectories, row = one_step(policy, optimizer, environments, cfg, step)
+            except UsageError:  # too little that varies, too many crashes: what was learned stays
+                export(run, policy)
+                raise
+            stop = max(gather(max(received, default=0)))
+            if first:
+                record(run, row, trajectories, cfg)
+                if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
+                    save_checkpoint(run, policy, optimizer, step)
+            if row.get("updates") == 0:
+                bar.write(f"step {step}: no update, as in no group do rewards vary")
+            shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if stop:
+                break
+    if cfg.steps > 0:
         export(run, policy)
-    with open(run / "metrics.jsonl") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     if first:
         plot_curves(run, rows)
         report(run, rows, time.perf_counter() - start)
+    if stop:
+        print(f"stopped: --name {run.name} --resume auto goes on", file=sys.stderr)
+        sys.exit(128 + stop)
     return rows
 
 
 def main():
     """The command line: one flag for each field of Config."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-
     parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[1])
     cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    signal.signal(signal.SIGINT, receive)
-    signal.signal(signal.SIGTERM, receive)
     try:
         if unknown:
             raise UsageError(f"unknown flag {unknown[0]}: python aem.py --help lists them all")
-        train(cfg, received)
+        train(cfg)
+        return
     except (UsageError, envs.SandboxError, OSError, ImportError) as error:
         message = error
+    except KeyboardInterrupt:  # before the first step, or the second one
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         less = "lower --micro_batch_tokens, --groups or --max_length, or use --lora_rank 16"
         message = f"the GPU's memory is full: {less} ({error})"
-    else:
-        sys.exit(128 + received[0] if received else 0)
     print(f"aem.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
