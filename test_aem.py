@@ -806,9 +806,6 @@ def random_policy(family, tiny, **options):
     return aem.Policy(model, tiny.tokenizer, **options)
 
 
-RECOMPUTE = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-
-
 class OwnDropout(torch.nn.Dropout):
     pass
 
@@ -826,10 +823,7 @@ class Noisy(torch.nn.Module):
         return self.dropout(x)
 
 
-DOGE = pytest.param("doge", marks=pytest.mark.xfail(strict=True, reason="a layer's own dropout"))
-
-
-@pytest.mark.parametrize("family", ["qwen2", "eager attention", DOGE])
+@pytest.mark.parametrize("family", ["qwen2", "eager attention", "doge"])  # doge: in its layers
 def test_no_dropout_parts_rollout_and_update(family, tiny):
     policy = random_policy(family, tiny)
     for layer in policy.body.layers:
@@ -841,17 +835,16 @@ def test_no_dropout_parts_rollout_and_update(family, tiny):
     for r in aem.responses_of(trajectories):
         r.advantage = 1.0
     _, plain = gradients(policy, trajectories, config())
-    policy.model._set_gradient_checkpointing(True, RECOMPUTE)  # as on a GPU
+    aem.checkpoint_layers(policy.model)  # as on a GPU
     optimizer = torch.optim.SGD(policy.weights, lr=0.0)
     metrics = aem.update(policy, optimizer, trajectories, config(), 1)
     assert metrics["logp_gap"] < 1e-4 and metrics["updates"] == 2
-    policy.recompute_activations(True)
     assert torch.allclose(gradients(policy, trajectories, config())[1], plain, atol=1e-6)
 
 
 def test_activations_are_recomputed_in_updates_only(tiny, played):
     policy = clone(tiny)
-    policy.model._set_gradient_checkpointing(True, RECOMPUTE)
+    aem.checkpoint_layers(policy.model)
     forwards = Counter()
     layer = policy.body.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *args: forwards.update(["mlp"]))
@@ -1157,13 +1150,12 @@ def test_a_crashing_environment_fails_only_its_own_trajectories(tiny):
     assert aem.update(tiny, optimizer, trajectories, config(), 1)["updates"] >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="faults.txt, 3")
 def test_rubbish_fails_only_its_own_trajectory(tiny, tmp_path):
     for kind, rubbish in enumerate(Broken.rubbish):
         bad, good = play(tiny, Broken, [2 * kind, 1], 1, config(), f"rubbish {kind}")
         assert bad.error and bad.reward == 0 and not bad.success and bad.done, rubbish
         assert not good.error and len(good.responses) >= 1
-        aem.record(tmp_path, {"step": 0, "eval_success": 0.0}, [bad, good])
+        aem.record(tmp_path, {"step": 0, "eval_success": 0.0}, [bad, good], config())
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -1199,7 +1191,6 @@ def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
         aem.train_step(tiny, None, [Crashing() for _ in range(16)], config(), 1)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.txt, 2")
 def test_one_crash_among_many_stops_nothing(tiny, monkeypatch):
     monkeypatch.setattr(Crashing, "step", Echo.step)
     monkeypatch.setattr(envs, "HELD_OUT", 3)  # tasks 3 ... 7, of which the last one crashes
@@ -1269,7 +1260,6 @@ def test_crashes_and_rounding_do_not_make_a_group_vary(tiny, monkeypatch):
     cfg = config(estimator="dapo", groups=1, group_size=3, max_resample=1, max_response_tokens=20)
     crash = {"error": "boom"}
     alike = [[{"reward": 10.0}, {"reward": 10.0}, crash], [{"reward": 0.1 + 0.2}, {"reward": 0.3}]]
-    alike.append([crash, crash, crash])
     for changes in alike:
         drawn = [invented([2], **c) for c in changes]
         monkeypatch.setattr(aem, "rollout", lambda *args, drawn=drawn: drawn)
@@ -1296,12 +1286,12 @@ def test_soft_overlong_penalty_by_hand(monkeypatch, tiny):
 
 
 # ------------------------------------------------------------------------------ 5. update
-def advantages_of(rewards, cfg, **changes):
-    """Base advantages of trajectories of one response each; None for a reward stands for a crash."""
+def advantages_of(rewards, cfg):
+    """Base advantages of trajectories of one response each; a reward of None is a crash."""
     trajectories = []
     for reward in rewards:
         crash = {"error": "boom"} if reward is None else {"reward": reward}
-        trajectories.append(invented([2], **crash | changes))
+        trajectories.append(invented([2], **crash))
     return aem.assign_credit(trajectories, cfg).tolist()
 
 
@@ -1414,7 +1404,7 @@ def test_the_head_runs_at_sampled_positions_in_chunks_only(tiny, played, monkeyp
     heights = []
     policy.head.register_forward_pre_hook(lambda module, args: heights.append(len(args[0])))
     aem.sampled_logps(policy, played)
-    assert max(heights) <= 7 * 2 and sum(heights) == len(old_logps(played))
+    assert max(heights) == 7 and sum(heights) == len(old_logps(played))
 
 
 def test_only_sampled_positions_get_gradient(tiny, played):
@@ -1684,3 +1674,479 @@ def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
     last = {"eval_success": 0.75, "eval_by_type": {"a": 1.0, "b": 0.5}, "eval_tasks": 8}
     aem.report(Path("runs/x"), [first, {}, last, {}], 1)
     assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------ 7. the run
+def folder_rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_run(a, b):
+    """Two runs' folders hold the same, to the last bit: metrics but for seconds, texts, weights."""
+    assert without_times(folder_rows(a)) == without_times(folder_rows(b))
+    for name in ("trajectories.txt", "checkpoint/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def echo_model(folder):
+    """The warm start of the runs on Echo."""
+    flags = {"env": "test_aem:Echo", "cache_dir": f"{folder}/cache", "warm_steps": 30}
+    return str(aem.warm_start(Echo(), config(**flags)))
+
+
+def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
+    run, folder = runs
+    rows = run(name="first")
+    assert rows[0]["eval_success"] < 0.7 and rows[-1]["eval_success"] > 0.95
+    assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
+    assert [row["step"] for row in rows] == list(range(41))
+    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 40]
+    assert rows == folder_rows(folder / "first")
+    wanted = {"step", "success", "reward", "response_entropy", "token_entropy", "alpha_min"}
+    wanted |= {"alpha_max", "turns", "response_tokens", "invalid_actions", "rollout_seconds"}
+    assert all(isinstance(row[name], (int, float)) for row in rows for name in wanted)
+    assert "loss" not in rows[0]  # step 0 has no update: nothing is written that nobody measured
+    assert {"loss", "grad_norm", "clip_fraction", "update_seconds"} < set(rows[1])
+    assert set(rows[-1]["eval_by_type"]) == set(Echo.words)
+    assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
+    assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    text = (folder / "first" / "trajectories.txt").read_text()
+    assert all(word in text for word in ("H_bar", "alpha", "advantage", "step 40"))
+    again = run(model=str(folder / "first"), steps=0, name="evaluated")
+    assert again[0]["eval_success"] == rows[-1]["eval_success"]  # it is the trained policy
+
+
+WHOLE = {"steps": 7, "save_every": 2, "eval_every": 2, "resume": "auto", "kl_coef": 0.01}
+
+
+@pytest.fixture(scope="session")
+def whole(runs):
+    """The folder of a run that nothing interrupts."""
+    run, folder = runs
+    run(name="whole", **WHOLE)
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("killed", [1, 3, 6])  # before the first checkpoint, after one, after two
+def test_a_resumed_run_equals_an_uninterrupted_one(runs, whole, monkeypatch, killed):
+    run, folder = runs
+    train_step = aem.train_step
+
+    def step_or_die(*args):
+        if args[-1] == killed:
+            raise RuntimeError("killed")  # nothing is saved any more
+        return train_step(*args)
+
+    monkeypatch.setattr(aem, "train_step", step_or_die)
+    with pytest.raises(RuntimeError):
+        run(name=f"killed{killed}", **WHOLE)
+    monkeypatch.setattr(aem, "train_step", train_step)
+    run(name=f"killed{killed}", **WHOLE)
+    check_same_run(whole, folder / f"killed{killed}")
+    saved = sorted(p.name for p in (folder / f"killed{killed}" / "checkpoints").iterdir())
+    assert saved == ["step-000006.pt", "step-000007.pt"]  # the newest two, no partial one
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(runs):
+    run, folder = runs
+    flags = {"name": "own", "groups": 2, "lr": 1e-3}
+    run(steps=1, **flags)
+    with pytest.raises(aem.UsageError, match="--lam, --lr"):
+        run(steps=2, resume="auto", **flags | {"lr": 2e-3, "lam": 0.5})
+    assert len(run(steps=2, eval_every=1, resume="auto", **flags)) == 3  # these may change
+    assert len(run(steps=2, resume="auto", **flags)) == 3  # it had come to its end
+    newest = folder / "own" / "checkpoints" / "step-000002.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(aem.UsageError, match="step-000002.pt is broken"):
+        run(steps=3, resume="auto", **flags)
+    newest.unlink()
+    assert len(run(steps=3, resume="auto", **flags)) == 4  # from the one before
+    assert len(run(name="not there", steps=0, resume="auto")) == 1  # a new run
+
+
+def test_a_run_without_a_name_resumes_its_newest(runs):
+    run, folder = runs
+    flags = {"resume": "auto", "groups": 2, "eval_tasks": 8, "out": str(folder / "mine")}
+    run(steps=1, **flags)
+    (first,) = (folder / "mine").iterdir()
+    assert len(run(steps=2, **flags)) == 3
+    assert (first / "checkpoints" / "step-000002.pt").exists()
+    run(steps=1, name="a[1]", **flags)
+    assert len(run(steps=2, name="a[1]", **flags)) == 3
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, tmp_path):
+    for name in aem.LOGS:
+        (tmp_path / name).touch()
+    weights = []
+    for kind in ("neither", "saved", "loaded"):
+        policy = clone(tiny)
+        optimizer = torch.optim.AdamW(policy.weights, lr=0.01, weight_decay=0.0)
+        if kind == "saved":
+            aem.save_checkpoint(tmp_path, policy, optimizer, 1)
+        if kind == "loaded":
+            assert aem.load_checkpoint(tmp_path, policy, optimizer) == 2
+        for p in policy.weights:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+        weights.append(torch.cat([p.flatten() for p in policy.weights]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_a_checkpoint_holds_a_tied_head_once(whole):
+    state = torch.load(whole / "checkpoints" / "step-000007.pt")
+    assert "lm_head.weight" not in state["weights"]
+    assert "model.embed_tokens.weight" in state["weights"]
+    numbers = sum(p.numel() for p in state["weights"].values())
+    size = (whole / "checkpoints" / "step-000007.pt").stat().st_size
+    assert 3 * 4 * numbers < size < 3.5 * 4 * numbers  # weights and AdamW's two moments
+
+
+def arguments(flags):
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+MAIN = "import sys, aem; sys.argv = ['aem.py', *sys.argv[1:]]; aem.main()"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_step(runs, whole, number, code):
+    run, folder = runs
+    flags = WHOLE | {"name": f"signal{code}"}
+    cfg = {name: getattr(config(), name) for name in ("device", "max_turns", "max_response_tokens")}
+    process = python(MAIN, *arguments(run_flags(folder) | flags | cfg))
+    metrics = folder / flags["name"] / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors
+    assert "--resume auto" in errors
+    assert 2 <= len(folder_rows(folder / flags["name"])) < 8
+    run(**flags)
+    check_same_run(whole, folder / flags["name"])
+
+
+SLEEPING = """
+import time, aem
+def step(*args):
+    print("ready", flush=True)
+    for _ in range(100):
+        time.sleep(0.1)
+aem.one_step = step
+"""
+
+
+def test_a_second_signal_ends_the_run_at_once(runs):
+    _, folder = runs
+    flags = run_flags(folder) | {"name": "twice", "model": echo_model(folder)}
+    process = python(SLEEPING + MAIN, *arguments(flags))
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first one waits for the step
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=8)
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_the_first_crash_is_kept_and_counted(runs, monkeypatch):
+    run, folder = runs
+    monkeypatch.setattr(Crashing, "step", Echo.step)
+    flags = {"model": echo_model(folder), "env": "test_aem:Crashing", "groups": 16}
+    rows = run(name="crashes", steps=2, group_size=2, **flags)
+    assert sum(row["env_errors"] for row in rows) > 0
+    text = (folder / "crashes" / "env_error.txt").read_text()
+    assert text.startswith("Traceback") and "no such task" in text
+
+
+FULL = """
+import resource, aem
+save = aem.save_checkpoint
+def save_or_fail(run, policy, optimizer, step):
+    if step == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    save(run, policy, optimizer, step)
+aem.save_checkpoint = save_or_fail
+"""
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_its_last_checkpoint(runs, whole):
+    run, folder = runs
+    flags = WHOLE | {"name": "full"}
+    cfg = {name: getattr(config(), name) for name in ("device", "max_turns", "max_response_tokens")}
+    process = python(FULL + MAIN, *arguments(run_flags(folder) | flags | cfg))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    assert "aem.py: error: " in errors.splitlines()[-1]
+    saved = sorted(p.name for p in (folder / "full" / "checkpoints").glob("*.pt"))
+    assert saved == ["step-000002.pt", "step-000004.pt"]
+    run(**flags)
+    check_same_run(whole, folder / "full")
+
+
+def test_steps_0_is_pure_evaluation(runs, monkeypatch, capsys):
+    run, folder = runs
+    monkeypatch.setattr(aem, "train_step", lambda *args: pytest.fail("trained"))
+    flags = {"model": echo_model(folder), "steps": 0}
+    (row,) = run(name="evaluation", eval_tasks=100, **flags)
+    printed = capsys.readouterr().out
+    n, p = 100, row["eval_success"]
+    found = re.search(r"95 % interval.*?([\d.]+)% to ([\d.]+)% \(100 tasks\)", printed)
+    low, high = (float(x) / 100 for x in found.groups())
+    for bound in (low, high):  # Wilson's: (p - bound)^2 = 1.96^2 bound (1 - bound) / n
+        assert (p - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / n, abs=2e-4)
+    assert low < p < high
+    files = {"config.json", "metrics.jsonl", "trajectories.txt", "curves.png"}
+    assert {file.name for file in (folder / "evaluation").iterdir()} <= files
+
+
+PARTS = {"epochs": 2, "kl_coef": 0.01, "recompute_old_logps": True}
+DISTRIBUTED = {  # groups that no two processes share evenly, responses of all lengths
+    "grpo": PARTS,
+    "gspo": {"estimator": "gspo"},
+    "dapo": {"estimator": "dapo", "max_resample": 50},
+    # a single micro-batch: one process has nothing to learn from
+    "idle": {"groups": 1, "group_size": 6, "minibatches": 1, "micro_batch_tokens": 10**6},
+}
+SMALL = {"groups": 5, "group_size": 3, "steps": 3, "eval_every": 2, "eval_tasks": 23}
+SMALL |= {"save_every": 2, "micro_batch_tokens": 150, "lr": 1e-4}
+TWO = """
+import pathlib, sys, torch, aem, test_aem
+torch.set_num_threads(1)
+out, cache = sys.argv[1:]
+for name, flags in test_aem.DISTRIBUTED.items():
+    flags = test_aem.SMALL | flags | {"out": out, "cache_dir": cache, "name": name}
+    aem.train(test_aem.config(**test_aem.run_flags(out) | flags))
+    assert pathlib.Path(out, name, "curves.png").exists()  # the first process wrote it,
+    assert pathlib.Path(out, name, "checkpoint", "tokenizer.json").exists()  # and this after all
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(runs, tmp_path):
+    run, folder = runs
+    echo_model(folder)
+    (tmp_path / "two.py").write_text(TWO)
+    start = "from torch.distributed.run import main; main()"
+    two = ["--nproc_per_node", "2", tmp_path / "two.py", tmp_path, folder / "cache"]
+    process = python(start, *two)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    updates = 0
+    for name, flags in DISTRIBUTED.items():
+        flags = SMALL | flags
+        rows = run(name=f"one process, {name}", **flags)
+        weights = []
+        for path in (folder / f"one process, {name}", tmp_path / name):
+            model = transformers.AutoModelForCausalLM.from_pretrained(path / "checkpoint")
+            weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert torch.allclose(*weights, atol=1e-5), name
+        pairs = zip(without_times(rows), without_times(folder_rows(tmp_path / name)), strict=True)
+        for one, other in pairs:
+            one |= one.pop("eval_by_type", {})
+            other |= other.pop("eval_by_type", {})
+            assert one == pytest.approx(other, abs=1e-5), name
+            updates += one.get("updates", 0)
+    assert updates > 10
+    flags = SMALL | DISTRIBUTED["gspo"] | {"steps": 4, "resume": "auto"}
+    expected = run(name="one process, gspo", **flags)
+    grown = run(name="gspo", **flags | {"out": str(tmp_path)})  # begun by two, ended by one
+    entropies = [[row["response_entropy"] for row in rows] for rows in (expected, grown)]
+    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5) and len(grown) == 5
+
+
+def test_adapters_train_alone(runs):
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    run, folder = runs
+    flags = {"model": echo_model(folder), "lora_rank": 4, "resume": "auto", "save_every": 2}
+    flags |= {"kl_coef": 0.01, "groups": 4}
+    rows = run(name="adapters", steps=4, **flags)
+    assert rows[-1]["updates"] == 2 and rows[1]["kl"] < 0.1
+    run(name="in two parts", steps=2, **flags)
+    again = run(name="in two parts", steps=4, **flags)
+    assert without_times(again)[-1] == without_times(rows)[-1]
+    state = torch.load(folder / "adapters" / "checkpoints" / "step-000004.pt")
+    assert state["weights"] and all("lora_" in name for name in state["weights"])
+    adapters = folder / "adapters" / "checkpoint" / "adapter_model.safetensors"
+    assert adapters.exists() and not (adapters.parent / "model.safetensors").exists()
+    (evaluated,) = run(name="adapted", model=str(folder / "adapters"), steps=0)
+    assert evaluated["eval_success"] == rows[-1]["eval_success"]
+    more = run(name="more", model=str(folder / "adapters"), steps=1, lr=1e-3)
+    assert more[0]["eval_success"] == rows[-1]["eval_success"] and more[1]["updates"]
+    before, after = (
+        aem.load_policy(config(), folder / name / "checkpoint").model.state_dict()
+        for name in ("adapters", "more")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_environments_of_gem(tiny, monkeypatch):
+    pytest.importorskip("gem", reason="needs gem-llm")
+    with pytest.raises(ValueError, match="game:Nothing-v0"):
+        envs.make("gem:game:Nothing-v0")
+    cfg = config(env="gem:game:GuessTheNumber-v0-easy", max_turns=None)
+    environments = aem.make_environments(cfg)
+    assert cfg.max_turns == environments[0].max_turns and cfg.env_timeout == 60
+    trajectories = aem.rollout(tiny, environments, [1, 2], 4, cfg, "gem")
+    assert all("boxed" in t.prompt and t.responses and not t.error for t in trajectories)
+
+
+def test_metrics_are_sent_to_wandb(runs, monkeypatch):
+    run, _ = runs
+    inits, logged = [], []
+
+    def log(row, step):
+        logged.append((row["step"], step))
+
+    stand_in = types.SimpleNamespace(init=lambda **options: inits.append(options), log=log)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    run(name="tracked", steps=1, groups=2, wandb="my project")
+    assert inits[0]["project"] == "my project" and inits[0]["config"]["steps"] == 1
+    assert logged == [(0, 0), (1, 1)]
+
+
+def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
+    run, _ = runs
+    flags = {"steps": 3, "epochs": 2, "groups": 4}
+    first, second, other = (without_times(run(seed=seed, **flags)) for seed in (3, 3, 4))
+    assert first == second and first != other
+    assert first[-1]["clip_fraction"] >= 0 and first[-1]["updates"] == 4
+
+
+@pytest.mark.parametrize("estimator", list(aem.ESTIMATORS))
+def test_every_estimator_runs(runs, estimator):
+    run, _ = runs
+    flags = {"steps": 2, "groups": 2, "group_size": 4, "minibatches": 3, "eval_tasks": 8}
+    rows = run(estimator=estimator, kl_coef=0.01, max_resample=50, **flags)
+    assert len(rows) == 3 and "updates" not in rows[0]
+    assert rows[1]["updates"] + rows[2]["updates"] > 0
+
+
+def test_a_step_without_update_is_said(runs, capsys):
+    run, _ = runs
+    limits = {"max_response_tokens": 1, "max_turns": 1}  # nobody can end a word: all fail
+    rows = run(steps=1, groups=1, group_size=2, eval_tasks=8, **limits)
+    assert rows[1]["updates"] == 0 and "step 1: no update" in "".join(capsys.readouterr())
+
+
+def test_the_baseline_leaves_advantages_alone(runs):
+    run, _ = runs
+    flags = {"steps": 2, "groups": 4, "eval_tasks": 8}
+    variants = [{"aem": False}, {"lam": 0.0}, {"aem": True}]
+    baseline, off, on = (without_times(run(**flags, **variant)) for variant in variants)
+    assert baseline == off and baseline != on
+    assert all(row["alpha_min"] == row["alpha_max"] == 1 for row in baseline)
+    assert on[0]["alpha_min"] < 1 < on[0]["alpha_max"]
+
+
+# ------------------------------------------------------------------------------ the command line
+def run_main(monkeypatch, *flags):
+    """The exit code of `python aem.py` with these flags."""
+    monkeypatch.setattr(sys, "argv", ["aem.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        aem.main()
+    return stop.value.code
+
+
+def test_every_field_is_a_flag_with_help(monkeypatch, capsys):
+    assert run_main(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(aem.Config):
+        assert f"--{f.name}" in text and f.metadata["help"]
+
+
+def test_gpu_out_of_memory_names_the_flags_that_help(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(aem, "train", full)
+    assert run_main(monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ("--micro_batch_tokens", "--lora_rank", "2 GiB"))
+
+
+@pytest.fixture(scope="session")
+def models(tiny, tmp_path_factory):
+    """Folders with a model: as it should be, without a chat template, without weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("whole", "bare", "empty"):
+        tiny.model.save_pretrained(folder / name)
+        tiny.tokenizer.save_pretrained(folder / name)
+    (folder / "bare" / "chat_template.jinja").unlink()
+    (folder / "empty" / "model.safetensors").unlink()
+    return folder
+
+
+ROWS = '{"prompt": "f", "entry_point": "f", "tests": ["assert f(1) == 1"]}\n{"prompt": 7}\n'
+TO_RESUME = {"env": "household", "lr": 0.5, "groups": 16, "group_size": 8}
+TO_RESUME |= {"max_turns": 12, "max_response_tokens": 16}
+BAD = [  # flags, and what the message must hold; words in capitals stand for folders and files
+    ("--colour red", "--colour"),
+    ("--step 3", "--step"),
+    ("--env nowhere", "nowhere"),
+    ("--env no_such_module:Env", "no_such_module"),
+    ("--estimator magic", "magic"),
+    ("--group_size 1", "--group_size must be at least 2"),
+    ("--aem_direction up", "--aem_direction"),
+    ("--aem_scope world", "--aem_scope"),
+    ("--kl_coef -1", "--kl_coef must be at least 0 and finite"),
+    ("--lam nan", "--lam must be at least 0 and finite"),
+    ("--lr inf", "--lr"),
+    ("--steps many", "--steps"),
+    ("--max_turns 0", "--max_turns"),
+    ("--temperature 0", "--temperature"),
+    ("--aem perhaps", "Truthy"),
+    ("--device abacus --model WHOLE", "abacus"),
+    ("--model ./no/such/folder", "--model ./no/such/folder"),
+    ("--model BARE", "chat template"),
+    ("--model EMPTY", "--model"),
+    ("--env test_aem:NoDemonstrations", "--model"),
+    ("--env test_aem:Unmakeable", "test_aem:Unmakeable"),
+    ("--env test_aem:Echo.words", "test_aem:Echo.words"),
+    ("--env gem:game:GuessTheNumber-v0-easy", "pip install gem-llm"),
+    ("--env code --model WHOLE --dataset no_tasks.jsonl", "no_tasks.jsonl"),
+    ("--env code --model WHOLE --dataset ROWS", "row 2"),
+    ("--model WHOLE --dataset tasks.jsonl", "dataset"),
+    ("--out README.md/runs", "--out"),
+    ("--name taken", "--name"),
+    ("--dtype int8", "--dtype"),
+    ("--resume yesterday", "--resume"),
+    ("--resume auto --name run --lam 0.5 --lr 1", "--lam, --lr"),
+    ("--save_every 0", "--save_every"),
+    ("--env_timeout -1", "--env_timeout"),
+    ("--lora_rank -2", "--lora_rank"),
+    ("--lora_rank 8 --model WHOLE", "peft"),
+    ("--wandb project --model WHOLE", "wandb"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    flags, words, monkeypatch, capsys, tmp_path, models, record_property
+):
+    record_property("flags", flags)
+    for package in ("gem", "peft", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-000020.pt").touch()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(vars(config(**TO_RESUME))))
+    files = {name.upper(): str(models / name) for name in ("whole", "bare", "empty")}
+    files["ROWS"] = str(tmp_path / "rows.jsonl")
+    flags = ["--cache_dir", str(tmp_path / "cache"), *(files.get(f, f) for f in flags.split())]
+    if "--out" not in flags:
+        flags = ["--out", str(tmp_path), *flags]
+    monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(envs, "embedded_policy", lambda *args: pytest.fail("work was begun"))
+    before = set(tmp_path.iterdir())
+    capsys.readouterr()
+    assert run_main(monkeypatch, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    record_property("message", error[-1])
+    assert words in error[-1] and "error: " in error[-1] and len(error) <= 2, error
+    assert set(tmp_path.iterdir()) == before
