@@ -1,23 +1,26 @@
-"""What AEM costs: its coefficients, and the entropies that it needs, as shares of a training step.
+"""What AEM costs: its coefficients, and the entropies it needs, as shares of a training step.
 
-    python experiments/aem_cost.py       # a minute on 2 cores; writes aem_cost.json next to this file
+    python experiments/aem_cost.py       # a minute on 2 cores; writes aem_cost.json
 
-The same batch is rolled out with token entropies recorded and without (log-probs only), in turn, so that both meet the same
-noise; the entropies' cost is the median of the paired differences. A rollout's trajectories don't depend on it.
+The same batch is rolled out with token entropies and without (log-probs only), in turn, so that
+both meet the same noise; the entropies' cost is the median of the paired differences. A rollout's
+trajectories don't depend on it.
 """
 
+import argparse
 import json
-import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median
+from unittest import mock
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aem
-
-PAIRS = 25
 
 
 def log_probs_only(logits, ids):
@@ -27,42 +30,65 @@ def log_probs_only(logits, ids):
 
 
 def timed(function, *args):
+    """Returns: (result, seconds)."""
     start = time.perf_counter()
     result = function(*args)
     return result, time.perf_counter() - start
 
 
+def time_step(policy, optimizer, environments, cfg, step):
+    """Seconds of each phase of a step, of the rollout twice."""
+    ours = partial(aem.sample_batch, policy, environments, cfg, step)
+
+    def plain():
+        with mock.patch.object(aem, "token_stats", log_probs_only):
+            return ours()
+
+    rollouts = [("rollout", ours), ("rollout without entropies", plain)]
+    if step % 2:
+        rollouts.reverse()
+    batches = {}
+    seconds = {}
+    for name, roll_out in rollouts:
+        (batches[name], _), seconds[name] = timed(roll_out)
+    batch = batches["rollout"]
+    advantages, seconds["base advantages"] = timed(aem.assign_credit, batch, cfg)
+    alphas, seconds["coefficients"] = timed(aem.modulate, batch, cfg, step)
+    for r, advantage in zip(aem.responses_of(batch), (alphas * advantages).tolist()):
+        r.advantage = advantage
+    _, seconds["update"] = timed(aem.update, policy, optimizer, batch, cfg, step)
+    return seconds
+
+
 def main():
     """Time the phases of a step, with and without entropies, pair by pair."""
-    cfg, with_entropy = aem.Config(device="cpu"), aem.token_stats
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pairs", type=int, default=25, help="rollouts with and without entropies")
+    pairs = parser.parse_args().pairs
+    cfg = aem.Config(device="cpu")
     cfg.check()
     environments = aem.make_environments(cfg)
     policy = aem.load_policy(cfg, aem.warm_start(environments[0], cfg))
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)  # the weights stay: every pair sees the same policy
+    optimizer = torch.optim.SGD(policy.weights, lr=0.0)  # every pair sees the same policy
     rows = []
-    for pair in aem.tqdm(range(PAIRS), desc="pairs"):
-        seconds = {}
-        for name, stats in [("rollout", with_entropy), ("rollout without entropies", log_probs_only)][:: 1 if pair % 2 else -1]:
-            aem.token_stats = stats
-            (trajectories, _), seconds[name] = timed(aem.sample_batch, policy, environments, cfg, pair + 1)
-            if stats is with_entropy:
-                kept = trajectories
-        aem.token_stats = with_entropy
-        _, seconds["base advantages"] = timed(aem.assign_credit, kept, cfg)
-        _, seconds["coefficients"] = timed(aem.modulate, kept, cfg, pair + 1)
-        _, seconds["update"] = timed(aem.update, policy, optimizer, kept, cfg, pair + 1)
-        rows.append(seconds)
-    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    entropies = statistics.median(row["rollout"] - row["rollout without entropies"] for row in rows)
-    step = median["rollout"] + median["base advantages"] + median["coefficients"] + median["update"]
+    for step in tqdm(range(1, pairs + 1), desc="pairs"):
+        rows.append(time_step(policy, optimizer, environments, cfg, step))
+    medians = {name: median(row[name] for row in rows) for name in rows[0]}
+    entropies = median(row["rollout"] - row["rollout without entropies"] for row in rows)
+    phases = ("rollout", "base advantages", "coefficients", "update")
+    step = sum(medians[name] for name in phases)
     table = {
-        "AEM: coefficients (aem_seconds)": median["coefficients"], "AEM: token entropies while sampling": entropies,
-        "rollout, without the entropies": median["rollout"] - entropies, "base advantages": median["base advantages"],
-        "update": median["update"], "step": step,
-    }  # fmt: skip
+        "AEM: coefficients": medians["coefficients"],
+        "AEM: token entropies while sampling": entropies,
+        "rollout, without the entropies": medians["rollout"] - entropies,
+        "base advantages": medians["base advantages"],
+        "update": medians["update"],
+        "step": step,
+    }
     for name, seconds in table.items():
         print(f"{name:<38}{seconds * 1000:>9.2f} ms{seconds / step:>9.2%}")
-    Path(__file__).with_suffix(".json").write_text(json.dumps({"median_seconds": table, "pairs": rows}, indent=1))
+    results = {"median_seconds": table, "pairs": rows}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What bad input is answered with: runs the tests' cases and writes experiments/bad_inputs.txt, flags and message.
+"""What bad input is answered with: runs the tests' cases, writes experiments/bad_inputs.txt.
 
     python experiments/bad_inputs.py
 
-The tests check that each ends with exit code 2, one sentence, no traceback, no file left behind, and before any work began.
+The tests check that each ends with exit code 2, one sentence, no traceback, no file left behind,
+and before any work began.
 """
 
 import re
@@ -11,21 +12,36 @@ from pathlib import Path
 
 import pytest
 
-ROOT, TEST = Path(__file__).parents[1], "test_bad_input_is_one_sentence_and_exit_code_2"
+ROOT = Path(__file__).parents[1]
+TEST = "test_bad_input_is_one_sentence_and_exit_code_2"
+TEMPORARY_FOLDER = re.compile(r"/tmp/\S*/(?=\w+)")
 
 
-class Messages(list):
-    """A pytest plugin that collects what the cases recorded."""
+class Messages:
+    """A pytest plugin that collects flags and message, which the cases record."""
+
+    def __init__(self):
+        self.texts = []
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call":
-            case = dict(report.user_properties)
-            message = re.sub(r"/tmp/\S*/(?=\w+)", "", case["message"])  # folders of the tests
-            self.append(f"{case['flags']}\n    {message}" + "\n    FAILED" * report.failed)
+        if report.when != "call":
+            return
+        case = dict(report.user_properties)
+        lines = [case["flags"], f"    {TEMPORARY_FOLDER.sub('', case['message'])}"]
+        if report.failed:
+            lines.append("    FAILED")
+        self.texts.append("\n".join(lines))
+
+
+def main():
+    """Exit code: pytest's."""
+    messages = Messages()
+    arguments = ["-q", "--no-header", f"{ROOT / 'test_aem.py'}::{TEST}"]
+    code = pytest.main(arguments, plugins=[messages])
+    lines = [*messages.texts, f"{len(messages.texts)} cases"]
+    Path(__file__).with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    messages = Messages()
-    code = pytest.main(["-q", "--no-header", f"{ROOT / 'test_aem.py'}::{TEST}"], plugins=[messages])
-    Path(__file__).with_suffix(".txt").write_text("\n".join([*messages, f"{len(messages)} cases"]) + "\n")
-    sys.exit(code)
+    main()

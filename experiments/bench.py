@@ -1,19 +1,21 @@
-"""Benchmarks. Every claim is a ratio of medians, measured in one run in which the alternatives take turns.
+"""Benchmarks. Every claim is a ratio of medians, of alternatives that take turns in one run.
 
-    python experiments/bench.py               # all that need neither TRL nor a GPU, then the figure
-    python experiments/bench.py rollout       # many turns: against transformers' generate; scaling with turns, groups, vocabulary
-    python experiments/bench.py lengths       # responses of skewed lengths: against waiting for the longest of each turn
-    python experiments/bench.py update        # against a full log-softmax, vocabulary 151,936: time and memory; 15 minutes
-    python experiments/bench.py step          # where the time of a default training step goes, and its floors
-    python experiments/bench.py compile       # --compile true against the default; needs a C++ compiler
-    python experiments/bench.py sandbox       # evaluations per second, cost of a test
-    python experiments/bench.py trl           # a training step against TRL's; needs `pip install trl==1.16.0 accelerate`
-    python experiments/bench.py gpu           # on a GPU: shapes of Qwen2.5-1.5B and 7B, against their floors
-    python experiments/bench.py figure        # draw experiments/bench/bench.png from the results
+    python experiments/bench.py             # all that need neither TRL nor a GPU, then the figure
+    python experiments/bench.py rollout     # many turns, against transformers' generate
+    python experiments/bench.py waiting     # what waiting for the longest response costs
+    python experiments/bench.py update      # against a full log-softmax; 15 minutes
+    python experiments/bench.py step        # where the time of a default training step goes
+    python experiments/bench.py compile     # --compile true; needs a C++ compiler
+    python experiments/bench.py sandbox     # evaluations per second, cost of a test
+    python experiments/bench.py trl         # a training step against TRL's
+    python experiments/bench.py gpu         # on a GPU: shapes of Qwen2.5-1.5B and 7B
+    python experiments/bench.py figure      # draw experiments/bench/bench.png from the results
 
-Results go to experiments/bench/NAME.json. Models have random weights: nothing is downloaded.
+`trl` needs `pip install trl==1.16.0 accelerate`. Results go to experiments/bench/NAME.json. Models
+have random weights: nothing is downloaded.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -25,24 +27,53 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from unittest import mock
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aem
 import envs
 
 HERE = Path(__file__).with_suffix("")
-TINY = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
-MEDIUM = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4)
-QWEN = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
-QWEN_1_5B = QWEN | dict(num_key_value_heads=2, tie_word_embeddings=True)
-QWEN_7B = QWEN | dict(vocab_size=152064, tie_word_embeddings=False, hidden_size=3584, intermediate_size=18944)
-QWEN_7B |= dict(num_attention_heads=28, num_key_value_heads=4)
-LARGE = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+LARGE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
+QWEN_VOCABULARY = 151936
+QWEN_1_5B = {
+    "vocab_size": QWEN_VOCABULARY,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+QWEN_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 
 
 def seconds(function):
@@ -53,17 +84,23 @@ def seconds(function):
 
 
 def take_turns(alternatives, rounds=7):
-    """{name: function} -> {name: median seconds}. Each round calls all of them, after one round that doesn't count."""
+    """{name: function} -> {name: median seconds}. Each round calls all of them."""
+    for function in alternatives.values():  # a round that doesn't count
+        function()
     measured = {name: [] for name in alternatives}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, function in alternatives.items():
-            measured[name] += [seconds(function)] if number else [function()][:0]
+            measured[name].append(seconds(function))
     return {name: median(values) for name, values in measured.items()}
 
 
-# ---------------------------------------------------------------- a world in which nothing happens, at a given length
+def rounded(numbers, digits=3):
+    return {name: round(value, digits) for name, value in numbers.items()}
+
+
+# ------------------------------------------------------------------------------ world and policy
 class Walk:
-    """`turns` observations of the same length, then a reward at random."""
+    """`turns` observations of the same length, in which nothing happens; a reward at random."""
 
     def __init__(self, turns):
         self.turns = turns
@@ -74,8 +111,9 @@ class Walk:
 
     def step(self, text):
         self.left -= 1
-        reward = 0.0 if self.left else float(random.random() < 0.5)
-        return "You see apple, egg, mug, plate.", reward, not self.left, False, {}
+        terminated = self.left == 0
+        reward = float(terminated and random.random() < 0.5)
+        return "You see apple, egg, mug, plate.", reward, terminated, False, {}
 
 
 @functools.cache
@@ -85,96 +123,120 @@ def tokenizer():
 
 
 def policy(shape=TINY, vocabulary=None, device="cpu", dtype="float32"):
-    """A policy of random weights that never ends a response by itself, so that all responses have the same length."""
+    """A policy of random weights that never ends a response: all have the same length."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocabulary or len(tokenizer()), "tie_word_embeddings": True} | shape
+    size = len(tokenizer()) if vocabulary is None else vocabulary
+    sizes = {"vocab_size": size, "tie_word_embeddings": True} | shape
     with torch.device(device):
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     made = aem.Policy(model, tokenizer(), dtype=dtype)
-    made.end, made.ends = -1, set()
+    made.end = -1
+    made.ends = set()
     return made
 
 
 def settings(**changes):
     """Settings of a run: plain GRPO, one optimizer step."""
-    cfg = aem.Config(**{"device": "cpu", "minibatches": 1, "max_turns": 16, "max_response_tokens": 8} | changes)
+    defaults = {"device": "cpu", "minibatches": 1, "max_turns": 16, "max_response_tokens": 8}
+    cfg = aem.Config(**defaults | changes)
     cfg.check()
     return cfg
 
 
-def ours(made, rows, turns, tokens, group_size=1):
+def ours(made, rows, turns, tokens):
     """The rollout of this repository, log-probs and entropies included."""
     cfg = settings(max_turns=turns, max_response_tokens=tokens)
-    return aem.rollout(made, [Walk(turns) for _ in range(rows)], list(range(rows // group_size)), group_size, cfg, "bench")
+    return aem.rollout(made, [Walk(turns) for _ in range(rows)], range(rows), 1, cfg, "bench")
 
 
+@contextlib.contextmanager
+def recorded_forwards():
+    """Inside, every forward of a rollout adds (rows, tokens attended to) to this list."""
+    forwards = []
+    next_logits = aem.next_logits
+
+    def recording(made, cache, trajectories, cfg):
+        forwards.append((len(trajectories), sum(len(t.ids) for t in trajectories)))
+        return next_logits(made, cache, trajectories, cfg)
+
+    with mock.patch.object(aem, "next_logits", recording):
+        yield forwards
+
+
+def use_of_rows(played, forwards):
+    """Share of the rows of all forwards that gave a sampled token; the others waited."""
+    sampled = sum(len(r.logp) for r in aem.responses_of(played))
+    return sampled / sum(rows for rows, _ in forwards)
+
+
+# ------------------------------------------------------------------------------ rollout
 @torch.no_grad()
 def regenerate(made, rows, turns, tokens):
-    """The common alternative: in each turn `generate` encodes the whole conversation again. No log-probs, no entropies."""
-    made.model.eval()
+    """The common alternative: each turn, `generate` encodes the whole conversation again.
+
+    No log-probs, no entropies. Returns: the ids of all conversations.
+    """
     worlds = [Walk(turns) for _ in range(rows)]
-    ids = [made.opening("", world.reset(seed=i)[0]) for i, world in enumerate(worlds)]
+    ids = [made.opening_ids("", world.reset()[0]) for world in worlds]
+    sizes = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0}
     for _ in range(turns):
-        inputs = torch.tensor(ids)  # all of the same length: no padding
-        sizes = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
-        new = made.model.generate(inputs, attention_mask=torch.ones_like(inputs), **sizes)[:, inputs.shape[1] :].tolist()
-        said = [world.step(made.tokenizer.decode(row))[0] for world, row in zip(worlds, new)]
-        ids = [old + row + made.answer(text, False) for old, row, text in zip(ids, new, said)]
+        inputs = torch.tensor(ids)  # (B, T), all of the same length: no padding
+        mask = torch.ones_like(inputs)
+        output = made.model.generate(inputs, attention_mask=mask, pad_token_id=0, **sizes)
+        ids = output.tolist()
+        for row, world in zip(ids, worlds):
+            observation = world.step(made.tokenizer.decode(row[-tokens:]))[0]
+            row += made.observation_ids(observation, False)
     return ids
 
 
 def rollout():
-    """Rollout: scaling with turns against `generate`, and alone with rows, vocabulary and model."""
-    found, made = {"against generate": {}, "alone": {}}, policy()
+    """Rollouts of more and more turns against `generate`."""
+    made = policy()
+    found = {}
     for turns in (4, 8, 16, 32, 64):
-        alternatives = {"ours": ours, "generate": regenerate}
-        times = take_turns({name: functools.partial(f, made, 32, turns, 8) for name, f in alternatives.items()}, 5)
-        found["against generate"][turns] = {name: round(value, 3) for name, value in times.items()}
-        print(f"{turns:>3} turns, 32 rows: {times['ours']:.2f} s, generate {times['generate']:.2f} s, ", end="")
-        print(f"{times['generate'] / times['ours']:.1f} times as long", flush=True)
-    growth = found["against generate"][64]["ours"] / found["against generate"][8]["ours"]
+        alternatives = {
+            "ours": partial(ours, made, 32, turns, 8),
+            "generate": partial(regenerate, made, 32, turns, 8),
+        }
+        times = take_turns(alternatives, 5)
+        found[turns] = rounded(times)
+        ratio = times["generate"] / times["ours"]
+        both = f"{times['ours']:.2f} s, generate {times['generate']:.2f} s"
+        print(f"{turns:>3} turns, 32 rows: {both}, {ratio:.1f} times as long", flush=True)
+    growth = found[64]["ours"] / found[8]["ours"]
     print(f"from 8 to 64 turns our rollout takes {growth:.1f} times as long")
-    variants = {f"4 groups of {size}": (policy(), 4 * size, size) for size in (2, 8, 32)}
-    variants |= {f"4 groups of 8, vocabulary {v}": (policy(TINY, v), 32, 8) for v in (8192, 151936)}
-    variants |= {"4 groups of 8, 7 M parameters": (policy(MEDIUM, 8192), 32, 8)}
-    calls = {name: functools.partial(ours, made, rows, 8, 8, size) for name, (made, rows, size) in variants.items()}
-    for name, value in take_turns(calls, 5).items():
-        rate = variants[name][1] * 64 / value
-        found["alone"][name] = {"seconds": round(value, 3), "tokens_per_second": round(rate)}
-        print(f"8 turns, {name:<36}{value:>7.2f} s{rate:>9.0f} sampled tokens/s")
-    return found | {"growth_8_to_64": round(growth, 2)}
+    return {"against generate": found, "growth_8_to_64": round(growth, 2)}
 
 
-def lockstep(made, rows, turns, cfg):
-    """The simple alternative: in each turn all wait for the longest response."""
-    playing = [aem.Trajectory(i, Walk(turns), random.Random(f"{cfg.seed}/bench/{i}")) for i in range(rows)]
-    played, cache = playing, aem.SlotCache(rows)
-    with torch.inference_mode():
-        while playing:
-            aem.observe(made, playing, range(rows), cfg)
-            playing = [t for t in playing if not t.done]
-            while not all(t.waits for t in playing):
-                aem.sample_tokens(made, cache, range(rows), playing, cfg)
-    return played
-
-
-def lengths():
-    """Responses of skewed lengths: about a twentieth of all tokens ends one, and 64 is the limit."""
-    made, cfg = policy(), settings(max_turns=8, max_response_tokens=64)
+def waiting():
+    """Responses of skewed lengths: about a twentieth of all tokens ends one, 64 is the limit."""
+    made = policy()
     made.end = tokenizer().eos_token_id
     made.ends = {made.end, *range(20, 20 + len(tokenizer()) // 20)}
-    played = ours(made, 64, 8, 64)
-    assert [t.ids for t in played] == [t.ids for t in lockstep(made, 64, 8, cfg)]
-    counts = [len(r.logp) for t in played for r in t.responses]
-    times = take_turns({"ours": lambda: ours(made, 64, 8, 64), "lockstep": lambda: lockstep(made, 64, 8, cfg)}, 5)
-    found = {name: round(value, 3) for name, value in times.items()}
-    found |= {"mean_tokens": round(fmean(counts), 1), "most": max(counts)}
-    print(f"responses of {found['mean_tokens']} tokens on average, {max(counts)} at most, 8 turns, 64 rows: ", end="")
-    print(f"{times['ours']:.2f} s, in lockstep {times['lockstep']:.2f} s, {times['lockstep'] / times['ours']:.1f} times as long")
+    with recorded_forwards() as forwards:
+        played = ours(made, 64, 8, 64)
+    counts = [len(r.logp) for r in aem.responses_of(played)]
+    found = {
+        "mean_tokens": round(fmean(counts), 1),
+        "most": max(counts),
+        "forwards": len(forwards),
+        "used_rows": round(use_of_rows(played, forwards), 3),
+    }
+    print(
+        f"responses of {found['mean_tokens']} tokens on average, {found['most']} at most: ", end=""
+    )
+    print(f"{found['used_rows']:.0%} of the rows of all forwards sample a token, the others wait")
     return found
 
 
-# ---------------------------------------------------------------- a training step against TRL's
+# ------------------------------------------------------------------------------ against TRL
+def body_gradients(made, batch):
+    """The body alone, forward and backward: what no head can go below."""
+    ids = pad_sequence([torch.tensor(t.ids) for t in batch], batch_first=True)  # (B, T)
+    made.hidden(ids, use_cache=False).square().mean().backward()
+
+
 def our_step(made, optimizer, turns, tokens):
     """A training step of 16 groups of 8."""
     cfg = settings(max_turns=turns, max_response_tokens=tokens)
@@ -182,190 +244,255 @@ def our_step(made, optimizer, turns, tokens):
 
 
 def model_alone(made, turns, tokens):
-    """Seconds of such a step that are the model's body: the forwards of a rollout, forward and backward of the update."""
-    spent, plain = [], made.hidden
-    made.hidden = lambda *args, **kwargs: (found := [], spent.append(seconds(lambda: found.append(plain(*args, **kwargs)))))[0][0]
-    played = ours(made, 128, turns, tokens)
-    made.hidden = plain
-    made.model.train()
+    """Seconds of such a step that are the model's body: forwards of a rollout, and the update."""
+    spent = []
+    hidden = made.hidden
+
+    def timed_hidden(*args, **kwargs):
+        start = time.perf_counter()
+        result = hidden(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    with mock.patch.object(made, "hidden", timed_hidden):
+        played = ours(made, 128, turns, tokens)
+    rollout_seconds = sum(spent)
     batches = list(aem.micro_batches(played, aem.Config.micro_batch_tokens))
-    spent.append(seconds(lambda: [aem.sampled_hidden(made, batch)[0].sum().backward() for batch in batches]))
-    return sum(spent)
+    return rollout_seconds + seconds(lambda: [body_gradients(made, batch) for batch in batches])
+
+
+def trl_conversations(made, turns, tokens):
+    """What TRL asks of a `rollout_func`: conversations of several turns."""
+
+    def conversations(prompts, trainer):
+        made.model = trainer.accelerator.unwrap_model(trainer.model)
+        made.model.eval()
+        whole = regenerate(made, len(prompts), turns, tokens)
+        made.model.train()
+        start = len(made.opening_ids("", Walk(1).reset()[0]))
+        observed = (len(whole[0]) - start) // turns - tokens  # tokens of an observation
+        mask = ([1] * tokens + [0] * observed) * turns
+        return {
+            "prompt_ids": [row[:start] for row in whole],
+            "completion_ids": [row[start:] for row in whole],
+            "logprobs": None,
+            "env_mask": [mask] * len(whole),
+        }
+
+    return conversations
 
 
 def trl_trainer(made, turns, tokens, checkpointing):
-    """TRL's GRPOTrainer on the same model, prompts, and number of tokens; over several turns by the `rollout_func` it offers."""
+    """TRL's GRPOTrainer on the same model, prompts, and number of tokens."""
     try:
         import datasets
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
-        sys.exit(f"bench.py: this compares with TRL, which is not installed ({error}): pip install trl==1.16.0 accelerate")
-    prompt = made.tokenizer.decode(made.opening("", Walk(1).reset(seed=0)[0]))
+        install = "pip install trl==1.16.0 accelerate"
+        sys.exit(f"bench.py: `trl` compares with TRL, which is missing ({error}): {install}")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    prompt = made.tokenizer.decode(made.opening_ids("", Walk(1).reset()[0]))
     rows = datasets.Dataset.from_list([{"prompt": prompt}] * 16)
+    length = {"max_completion_length": turns * (tokens + 20)}
+    options = {"rollout_func": trl_conversations(made, turns, tokens)}
+    if turns == 1:  # its own generation
+        length = {"max_completion_length": tokens}
+        length["generation_kwargs"] = {"min_new_tokens": tokens}
+        options = {}
+    config = GRPOConfig(
+        max_steps=1,
+        per_device_train_batch_size=128,
+        num_generations=8,
+        beta=0.0,
+        learning_rate=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=checkpointing,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        output_dir="/tmp/trl-bench",
+        **length,
+    )
 
-    def conversations(prompts, trainer):
-        """What TRL asks of a `rollout_func`."""
-        made.model = trainer.accelerator.unwrap_model(trainer.model)
-        whole = regenerate(made, len(prompts), turns, tokens)
-        start = len(made.opening("", Walk(1).reset(seed=0)[0]))
-        mask = ([1] * tokens + [0] * ((len(whole[0]) - start) // turns - tokens)) * turns
-        ids = [row[start:] for row in whole]
-        trainer.model.train()
-        prompts = [row[:start] for row in whole]
-        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": None, "env_mask": [mask] * len(ids)}
+    def reward(completions, **_):
+        return [float(random.random() < 0.5) for _ in completions]
 
-    sizes = dict(per_device_train_batch_size=128, num_generations=8, max_completion_length=turns * (tokens + 20))
-    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, output_dir="/tmp/trl-bench")
-    off = dict(beta=0.0, use_cpu=True, bf16=False, gradient_checkpointing=checkpointing, learning_rate=0.0)
-    length = dict(max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}) if turns == 1 else {}
-    config = GRPOConfig(max_steps=1, **(sizes | quiet | off | length))
-    options = {"rollout_func": conversations} if turns > 1 else {}
-    reward = lambda completions, **_: [float(random.random() < 0.5) for _ in completions]  # noqa: E731
-    return GRPOTrainer(made.model, reward, config, rows, processing_class=made.tokenizer, **options)
+    options["processing_class"] = made.tokenizer
+    return GRPOTrainer(made.model, reward, config, rows, **options)
 
 
-def timed_steps(trainer):
-    """Seconds of the steps that a TRL trainer takes in `train`, without what surrounds them: a list that grows."""
-    found = []
+class Clock(transformers.TrainerCallback):
+    """Seconds of the steps that a trainer takes in `train`, without what surrounds them."""
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
+    def __init__(self):
+        self.steps = []
 
-        def on_step_end(self, *args, **kwargs):
-            found.append(time.perf_counter() - self.start)
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
 
-    trainer.add_callback(Clock())
-    return found
+    def on_step_end(self, *args, **kwargs):
+        self.steps.append(time.perf_counter() - self.start)
+
+
+def against_trl(turns, tokens, rounds):
+    """Median seconds of a training step: ours, the model's part of it, TRL's, TRL's default."""
+    made = policy()
+    optimizer = torch.optim.AdamW(made.weights, lr=0.0)
+    trainers = {}
+    clocks = {}
+    for kind, checkpointing in (("trl", False), ("trl_default", True)):
+        trainers[kind] = trl_trainer(policy(), turns, tokens, checkpointing)
+        clocks[kind] = Clock()
+        trainers[kind].add_callback(clocks[kind])
+    spent = {"ours": [], "model_alone": []}
+    for _ in range(rounds):
+        for trainer in trainers.values():
+            with contextlib.redirect_stdout(None):  # its own log
+                trainer.train()
+        spent["ours"].append(seconds(lambda: our_step(made, optimizer, turns, tokens)))
+        spent["model_alone"].append(model_alone(made, turns, tokens))
+    spent |= {kind: clock.steps for kind, clock in clocks.items()}
+    return {kind: median(values[1:]) for kind, values in spent.items()}  # the first warms up
 
 
 def trl(rounds=8):
-    """A training step against TRL's, the same model, prompts and tokens: one turn of 64 tokens, 16 turns of 8."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"], found = "1", {}
+    """A training step against TRL's, the same model, prompts and tokens."""
+    found = {}
     for turns, tokens in ((1, 64), (16, 8)):
-        made, name, ours_took, alone = policy(), f"{turns} turns of {tokens} tokens", [], []
-        optimizer = torch.optim.AdamW(made.model.parameters(), lr=0.0)
-        trainers = {"trl": trl_trainer(policy(), turns, tokens, False), "trl_default": trl_trainer(policy(), turns, tokens, True)}
-        clocks = {kind: timed_steps(trainer) for kind, trainer in trainers.items()}
-        for _ in range(rounds):
-            for trainer in trainers.values():
-                with contextlib.redirect_stdout(None):  # its own log
-                    trainer.train()
-            ours_took.append(seconds(lambda: our_step(made, optimizer, turns, tokens)))
-            alone.append(model_alone(made, turns, tokens))
-        times = {"ours": median(ours_took[1:]), "model_alone": median(alone[1:])} | {kind: median(clock[1:]) for kind, clock in clocks.items()}
-        ratios = {f"ratio_{kind}": round(times[kind] / times["ours"], 2) for kind in trainers}
-        found[name] = {kind: round(value, 3) for kind, value in times.items()} | ratios
-        print(f"{name}, 128 rows: {times['ours']:.2f} s; TRL {times['trl']:.2f} s, {ratios['ratio_trl']} times as long; ", end="")
-        print(f"with gradient checkpointing, its default: {times['trl_default']:.2f} s,", ratios["ratio_trl_default"])
-        print(f"  of ours, the model's own forwards and backward take {times['model_alone']:.2f} s: ", end="")
-        print(f"TRL's step is {times['trl'] / times['model_alone']:.1f} times as long as these alone", flush=True)
+        times = against_trl(turns, tokens, rounds)
+        ratios = {}
+        for kind in ("trl", "trl_default"):
+            ratios[f"ratio_{kind}"] = round(times[kind] / times["ours"], 2)
+        name = f"{turns} turns of {tokens} tokens"
+        found[name] = rounded(times) | ratios
+        print(f"{name}, 128 rows: {times['ours']:.2f} s; ", end="")
+        print(f"TRL {times['trl']:.2f} s, {ratios['ratio_trl']} times as long;")
+        print(f"  with gradient checkpointing, its default: {times['trl_default']:.2f} s;")
+        print(
+            f"  the model's own forwards and backward in ours: {times['model_alone']:.2f} s; ",
+            end="",
+        )
+        print(f"TRL's step is {times['trl'] / times['model_alone']:.1f} times as long", flush=True)
     return found
 
 
-# ---------------------------------------------------------------- the update, with a large vocabulary
-def trajectories(made, lengths):
-    """One trajectory of each length, in which every second response-sized stretch of 16 tokens was sampled."""
-    rng, found = random.Random(0), []
-    for number, length in enumerate(lengths):
-        ids = [rng.randrange(made.head.out_features) for _ in range(length)]
-        spans = range(16, length - 16, 32)
-        responses = [aem.Response(at, [-1.0] * 16, [1.0] * 16, advantage=rng.choice([-1.0, 1.0])) for at in spans]
-        found.append(aem.Trajectory(number, None, rng, ids, responses))
+# ------------------------------------------------------------------------------ the update
+def random_trajectories(made, count, length):
+    """Trajectories in which every second stretch of 16 tokens was sampled."""
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        t = aem.Trajectory(number, None, rng)
+        t.ids = [rng.randrange(made.head.out_features) for _ in range(length)]
+        for start in range(16, length - 16, 32):
+            advantage = rng.choice([-1.0, 1.0])
+            t.responses.append(aem.Response(start, [-1.0] * 16, [1.0] * 16, advantage=advantage))
+        found.append(t)
     return found
+
+
+def our_gradients(made, batch):
+    aem.accumulate_gradients(made, batch, settings(micro_batch_tokens=4096))
 
 
 def dense_gradients(made, batch):
-    """The update's loss by the plain way: log-probs of the whole vocabulary at all positions, in one piece."""
-    ids = torch.tensor([t.ids for t in batch])
+    """The plain way: log-probs of the whole vocabulary at all positions, in one piece."""
+    ids = torch.tensor([t.ids for t in batch])  # (B, T)
     logp = made.model(ids, use_cache=False).logits.log_softmax(-1)  # (B, T, V)
     logp = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
     loss = 0.0
-    for row, t in enumerate(batch):
+    for row, t in zip(logp, batch):
         tokens = sum(len(r.logp) for r in t.responses)
         for r in t.responses:
-            now = logp[row, r.start - 1 : r.start - 1 + len(r.logp)]
-            losses, _ = aem.clipped_loss(now, torch.tensor(r.logp), torch.tensor(r.advantage), 0.2, 0.2)
+            new = row[r.start - 1 : r.start - 1 + len(r.logp)]
+            old = torch.tensor(r.logp)
+            losses, _ = aem.clipped_loss(new, old, torch.tensor(r.advantage), 0.2, 0.2)
             loss = loss + losses.sum() / (len(batch) * tokens)
     loss.backward()
 
 
-def body_gradients(made, batch):
-    """The body alone, forward and backward: what no head can go below."""
-    made.hidden(torch.tensor([t.ids for t in batch]), use_cache=False).square().mean().backward()
+UPDATES = {"body": body_gradients, "ours": our_gradients, "dense": dense_gradients}
 
 
 def one_update(kind):
-    """In a process of its own: one update of 4 x 1024 tokens, vocabulary 151,936. Prints seconds and peak memory in MB."""
-    made = policy(LARGE, 151936)
-    batch, cfg = trajectories(made, [1024] * 4), settings(micro_batch_tokens=4096)
-    for p in made.model.parameters():
+    """In a process of its own: one update of 4 x 1024 tokens. Prints seconds and peak memory."""
+    made = policy(LARGE, QWEN_VOCABULARY)
+    batch = random_trajectories(made, 4, 1024)
+    for p in made.weights:
         p.grad = torch.zeros_like(p)  # gradients are there in any case
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run = {"body": body_gradients, "dense": dense_gradients, "ours": lambda m, b: aem.accumulate_gradients(m, b, cfg)}[kind]
-    spent = seconds(lambda: run(made, batch))
-    grads = [p.grad for p in made.model.parameters()]
-    if kind != "body":  # the two must agree: a few numbers of each, and the norm
-        torch.save([torch.cat([g.flatten()[:1000] for g in grads]), torch.stack([g.norm() for g in grads])], HERE / f"{kind}.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    spent = seconds(lambda: UPDATES[kind](made, batch))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind != "body":  # the two must agree: a few numbers of each gradient, and its norm
+        numbers = torch.cat([p.grad.flatten()[:1000] for p in made.weights])
+        norms = torch.stack([p.grad.norm() for p in made.weights])
+        torch.save((numbers, norms), HERE / f"{kind}.pt")
     print(json.dumps({"seconds": spent, "mb": (peak - before) / 1024}))
 
 
-def update(rounds=5):
-    """Time and memory of an update: body alone, head in chunks at sampled positions (ours), full log-softmax (dense)."""
-    measured = {"body": [], "ours": [], "dense": []}
-    for _ in range(rounds):
-        for kind in measured:
-            command = [sys.executable, __file__, "--one-update", kind]
-            exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # glibc gives tensors back at once: no peak of leftovers
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=exact)
-            measured[kind].append(json.loads(done.stdout.splitlines()[-1]))
-            print(kind, {name: round(value, 1) for name, value in measured[kind][-1].items()}, flush=True)
-    found = {kind: {name: round(median(m[name] for m in rows), 1) for name in rows[0]} for kind, rows in measured.items()}
-    (a, norm), (b, other) = (torch.load(HERE / f"{kind}.pt") for kind in ("ours", "dense"))
-    found["difference"] = max(float((a - b).abs().max() / b.abs().max()), float(((norm - other) / other).abs().max()))
+def difference():
+    """Largest relative difference of the gradients that `one_update` left; removes them."""
+    saved = []
     for kind in ("ours", "dense"):
+        saved.append(torch.load(HERE / f"{kind}.pt"))
         (HERE / f"{kind}.pt").unlink()
-    made, rng = policy(), random.Random(0)
-    spread = trajectories(made, [rng.randint(100, 1000) for _ in range(128)])
-    sums = aem.accumulate_gradients(made, spread, settings(micro_batch_tokens=8192))
-    found["padding"] = round(sums["padding"] / sums["positions"], 4)
-    for kind in ("body", "ours", "dense"):
-        print(f"{kind:<8}{found[kind]['seconds']:>8.1f} s{found[kind]['mb']:>9.0f} MB above weights and gradients")
-    print(f"ours takes {found['ours']['seconds'] / found['dense']['seconds']:.2f} of dense's time; ", end="")
-    print(f"gradients differ by {found['difference']:.1e}; padding {found['padding']:.1%} on lengths of 100 to 1000")
+    (numbers, norms), (dense_numbers, dense_norms) = saved
+    of_numbers = (numbers - dense_numbers).abs().max() / dense_numbers.abs().max()
+    of_norms = ((norms - dense_norms) / dense_norms).abs().max()
+    return max(of_numbers.item(), of_norms.item())
+
+
+def update(rounds=5):
+    """Time and memory: body alone, head in chunks at sampled positions, full log-softmax."""
+    # glibc gives tensors back at once, so that the peak holds no leftovers
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    measured = {kind: [] for kind in UPDATES}
+    for _ in range(rounds):
+        for kind, rows in measured.items():
+            command = [sys.executable, __file__, "--one_update", kind]
+            output = subprocess.check_output(command, text=True, env=environment)
+            rows.append(json.loads(output.splitlines()[-1]))
+            print(kind, rounded(rows[-1], 1), flush=True)
+    found = {}
+    for kind, rows in measured.items():
+        found[kind] = {name: round(median(row[name] for row in rows), 1) for name in rows[0]}
+        took, memory = found[kind]["seconds"], found[kind]["mb"]
+        print(f"{kind:<8}{took:>8.1f} s{memory:>9.0f} MB above weights and gradients")
+    found["difference"] = difference()
+    ratio = found["ours"]["seconds"] / found["dense"]["seconds"]
+    print(f"ours takes {ratio:.2f} of dense's time; gradients differ by {found['difference']:.1e}")
     return found
 
 
-# ---------------------------------------------------------------- where a step's time goes
+# ------------------------------------------------------------------------------ where the time goes
 def measured_rates(device="cpu", dtype=torch.float32):
-    """What the machine can do: FLOP per second of a matrix product, bytes per second of reading memory."""
-    size, wait = (1024, lambda: None) if device == "cpu" else (8192, torch.cuda.synchronize)
-    matrix, large = torch.randn(size, size, device=device, dtype=dtype), torch.ones(size * 2**16, device=device)
-    times = take_turns({"product": lambda: (matrix @ matrix, wait()), "sum": lambda: (large.sum(), wait())}, 20)
-    return 2 * size**3 / times["product"], 4 * large.numel() / times["sum"]
+    """What the machine can do: FLOP per second of a matrix product, bytes per second read."""
+    size = 1024 if device == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    numbers = torch.ones(size * 2**16, device=device)
+
+    def finished(function):
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    product = partial(finished, lambda: matrix @ matrix)
+    times = take_turns({"product": product, "sum": partial(finished, numbers.sum)}, 20)
+    return 2 * size**3 / times["product"], 4 * numbers.numel() / times["sum"]
 
 
 def decode_bytes(made, forwards, width=4):
-    """Bytes that forwards have to read, at `width` bytes a number: weights, keys and values of the tokens in `forwards`."""
+    """Bytes that a rollout's forwards have to read: weights, keys and values.
+
+    Args: width, bytes of a number.
+    """
     shape = made.model.config
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    a_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size
-    return sum(width * (made.model.num_parameters() + tokens * a_token) for tokens in forwards)
-
-
-@contextlib.contextmanager
-def noted_forwards():
-    """Inside, every forward of a rollout adds to this list how many tokens it attends to."""
-    forwards, plain = [], aem.next_logits
-
-    def noting(made, cache, rows, trajectories):
-        forwards.append(sum(len(t.ids) for t in trajectories))
-        return plain(made, cache, rows, trajectories)
-
-    aem.next_logits = noting
-    yield forwards
-    aem.next_logits = plain
+    head_size = shape.hidden_size // shape.num_attention_heads
+    of_a_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size
+    attended = sum(tokens for _, tokens in forwards)
+    return width * (len(forwards) * made.model.num_parameters() + attended * of_a_token)
 
 
 def step(rounds=5):
@@ -374,109 +501,196 @@ def step(rounds=5):
     cfg.check()
     environments = aem.make_environments(cfg)
     made = aem.load_policy(cfg, aem.warm_start(environments[0], cfg))
-    optimizer, rows = torch.optim.AdamW(made.model.parameters(), lr=0.0), []
+    optimizer = torch.optim.AdamW(made.weights, lr=0.0)
     rate, bandwidth = measured_rates()
+    rows = []
     for number in range(rounds + 1):
-        with noted_forwards() as forwards:
+        with recorded_forwards() as forwards:
             played, row = aem.train_step(made, optimizer, environments, cfg, number + 1)
-        rows.append(row | {"tokens": sum(len(t.ids) for t in played), "bytes": decode_bytes(made, forwards)})
-    names = ("rollout_seconds", "update_seconds", "aem_seconds", "tokens", "bytes")
-    spent = {name: median(row[name] for row in rows[1:]) for name in names}
-    flops = 2 * sum(p.numel() for p in made.model.parameters()) * spent["tokens"]  # of a forward; an update is three
-    floors = {"rollout_floor": max(flops / rate, spent.pop("bytes") / bandwidth), "update_floor": 3 * flops / rate}
+        flops = 2 * made.model.num_parameters() * sum(len(t.ids) for t in played)  # of a forward
+        rows.append({name: row[name] for name in ("rollout_seconds", "update_seconds")})
+        read = decode_bytes(made, forwards)
+        rows[-1]["rollout_floor"] = max(flops / rate, read / bandwidth)
+        rows[-1]["update_floor"] = 3 * flops / rate
+        rows[-1]["used_rows"] = use_of_rows(played, forwards)
+    found = {name: median(row[name] for row in rows[1:]) for name in rows[0]}
     for name in ("rollout", "update"):
-        print(f"{name:<8}{spent[name + '_seconds']:>7.2f} s a step; floor {floors[name + '_floor']:.3f} s")
-    print(f"AEM's coefficients {1000 * spent['aem_seconds']:.1f} ms; ", end="")
+        took, floor = found[f"{name}_seconds"], found[f"{name}_floor"]
+        print(f"{name:<8}{took:>7.2f} s a step; floor {floor:.3f} s")
+    print(f"{found['used_rows']:.0%} of the rows of a rollout's forwards sample a token; ", end="")
     print(f"the machine: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
-    return {name: round(value, 4) for name, value in (spent | floors).items()} | {"gflops": rate / 1e9, "gbytes": bandwidth / 1e9}
+    return rounded(found, 4) | {"gflops": rate / 1e9, "gbytes": bandwidth / 1e9}
+
+
+def give_advantages(trajectories, cfg):
+    """Make one group of all, and set its advantages: something to learn from."""
+    for i, t in enumerate(trajectories):
+        t.group = 0
+        t.reward = float(i % 2)
+    advantages = aem.assign_credit(trajectories, cfg)
+    for r, advantage in zip(aem.responses_of(trajectories), advantages.tolist()):
+        r.advantage = advantage
 
 
 def compiled():
     """Rollout and update with `--compile true` against the default."""
-    plain, fast, found = policy(), policy(), {}
-    torch.compiler.config.recompile_limit = 64
-    fast.model.get_decoder().compile(dynamic=True)
+    plain = policy()
+    fast = policy()
+    fast.body.compile(dynamic=True)
+    cfg = settings(max_turns=8)
+    found = {}
     for rows in (8, 32, 128):
         played = ours(plain, rows, 8, 8)
-        for t in played:
-            t.group = 0
-        cfg = settings(max_turns=8, max_response_tokens=8)
-        aem.assign_credit(played, cfg)
-        runs = {"rollout": lambda m: ours(m, rows, 8, 8), "update": lambda m: aem.accumulate_gradients(m, played, cfg)}
-        for name, run in runs.items():
-            for made in (plain, fast):
-                made.model.train(name == "update")
-            first = seconds(lambda: run(fast))
-            times = take_turns({"plain": lambda: run(plain), "compiled": lambda: run(fast)}, 7)
+        give_advantages(played, cfg)
+        works = {
+            "rollout": lambda made, rows=rows: ours(made, rows, 8, 8),
+            "update": lambda made, played=played: aem.accumulate_gradients(made, played, cfg),
+        }
+        for name, work in works.items():
+            first = seconds(partial(work, fast))
+            times = take_turns({"plain": partial(work, plain), "compiled": partial(work, fast)})
+            found[f"{name}, {rows} rows"] = rounded(times) | {"first_call": round(first, 1)}
             ratio = times["plain"] / times["compiled"]
-            found[f"{name}, {rows} rows"] = {k: round(v, 3) for k, v in times.items()} | {"first_call": round(first, 1)}
-            print(f"{name}, {rows:>3} rows: {times['plain']:.3f} s, compiled {times['compiled']:.3f} s, ", end="")
-            print(f"{ratio:.2f} times faster; first call {first:.0f} s", flush=True)
+            both = f"{times['plain']:.3f} s, compiled {times['compiled']:.3f} s"
+            print(f"{name}, {rows:>3} rows: {both}, {ratio:.2f} times faster; ", end="")
+            print(f"first call {first:.0f} s", flush=True)
     return found
 
 
-# ---------------------------------------------------------------- a GPU
+# ------------------------------------------------------------------------------ a GPU
 def against_floors(shape, rows=128, turns=4, tokens=128, device="cuda", dtype="bfloat16"):
-    """Rollout and update of one model, next to what the machine's bandwidth and matrix products allow. Returns: a dict."""
+    """Rollout and update of one model, next to what bandwidth and matrix products allow."""
     rate, bandwidth = measured_rates(device, getattr(torch, dtype))
-    made, played = policy(shape, None, device, dtype), []
+    made = policy(shape, None, device, dtype)
     if device != "cpu":
-        made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     ours(made, rows, 1, 4)  # kernels and workspaces
-    with noted_forwards() as forwards:
-        spent = {"rollout_seconds": seconds(lambda: played.extend(ours(made, rows, turns, tokens)))}
-    cfg = settings(max_turns=turns, max_response_tokens=tokens, micro_batch_tokens=32768, device=device)
-    for i, t in enumerate(played):
-        t.group, t.reward = 0, float(i % 2)
-    aem.assign_credit(played, cfg)
-    made.model.train()
-    spent["update_seconds"] = seconds(lambda: spent.update(aem.accumulate_gradients(made, played, cfg)))
-    body = sum(p.numel() for p in made.body.parameters()) - made.model.get_input_embeddings().weight.numel()
-    flops = 6 * body * sum(len(t.ids) for t in played) + 6 * made.head.weight.numel() * rows * turns * tokens
-    spent |= {"rollout_floor": decode_bytes(made, forwards, 2) / bandwidth, "update_floor": flops / rate}
-    spent |= {"logp_gap": spent["gap"] / spent["tokens"], "tflops": rate / 1e12, "gbytes": bandwidth / 1e9}
-    spent["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0
+    found = {}
+    played = []
+    with recorded_forwards() as forwards:
+        found["rollout_seconds"] = seconds(lambda: played.extend(ours(made, rows, turns, tokens)))
+    sizes = {"max_turns": turns, "max_response_tokens": tokens, "micro_batch_tokens": 32768}
+    cfg = settings(**sizes, device=device)
+    give_advantages(played, cfg)
+    sums = {}
+    made.recompute_activations(True)
+    work = partial(aem.accumulate_gradients, made, played, cfg)
+    found["update_seconds"] = seconds(lambda: sums.update(work()))
+    embedding = made.model.get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in made.body.parameters()) - embedding
+    flops = 6 * body * sum(len(t.ids) for t in played)
+    flops += 6 * made.head.weight.numel() * rows * turns * tokens
+    found["rollout_floor"] = decode_bytes(made, forwards, 2) / bandwidth
+    found["update_floor"] = flops / rate
+    found["tokens"] = sums["tokens"]
+    found["logp_gap"] = sums["gap"] / sums["tokens"]
+    if device != "cpu":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     for name in ("rollout", "update"):
-        took, floor = spent[name + "_seconds"], spent[name + "_floor"]
-        print(f"{name:<8}{took:>8.2f} s, floor {floor:.2f} s: {floor / took:.0%} of what the machine allows")
-    return {name: round(value, 5) for name, value in spent.items()}
+        took, floor = found[f"{name}_seconds"], found[f"{name}_floor"]
+        print(
+            f"{name:<8}{took:>8.2f} s, floor {floor:.2f} s: {floor / took:.0%} of what is possible"
+        )
+    return rounded(found, 5) | {"tflops": rate / 1e12, "gbytes": bandwidth / 1e9}
 
 
 def gpu():
     """The shapes of Qwen2.5-1.5B and 7B with random weights, 128 trajectories, bf16."""
     if not torch.cuda.is_available():
         sys.exit("bench.py: `gpu` needs a GPU, and torch sees none")
-    print(torch.cuda.get_device_name())
-    found = {name: against_floors(shape) for name, shape in (("1.5B", QWEN_1_5B), ("7B", QWEN_7B))}
-    return found | {"gpu": torch.cuda.get_device_name()}
+    found = {"gpu": torch.cuda.get_device_name()}
+    print(found["gpu"])
+    for name, shape in (("1.5B", QWEN_1_5B), ("7B", QWEN_7B)):
+        found[name] = against_floors(shape)
+    return found
 
 
-# ---------------------------------------------------------------- the sandbox
+# ------------------------------------------------------------------------------ the sandbox
 def in_a_fresh_interpreter(code, entry, tests):
-    """The common alternative: a new Python, asserts in the child, no protection. Returns whether it exits with 0."""
-    asserts = "\n".join(f"assert {entry}(*{arguments!r}) == {value!r}" for arguments, value in tests)
-    return subprocess.run([sys.executable, "-I", "-S", "-c", f"{code}\n{asserts}"], capture_output=True).returncode == 0
+    """The common alternative: a new Python, asserts in the child, no protection."""
+    asserts = [f"assert {entry}(*{arguments!r}) == {value!r}" for arguments, value in tests]
+    program = "\n".join([code, *asserts])
+    command = [sys.executable, "-I", "-S", "-c", program]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def sandbox():
-    """The sandbox: throughput against a fresh interpreter per program, and what a further test costs."""
-    box, code, tests = envs.Sandbox(workers=2), "def f(x):\n    return 2 * x", [([i], 2 * i) for i in range(4)]
-    many, few, batch = [([i], 2 * i) for i in range(201)], tests[:1], 40
+def sandbox(batch=40):
+    """Throughput against a fresh interpreter per program, and what a further test costs."""
+    box = envs.Sandbox(workers=2)
+    code = "def f(x):\n    return 2 * x"
+    tests = [([i], 2 * i) for i in range(201)]
+
+    def graded(count, _=None):
+        return box.grade(code, "f", tests[:count])
+
+    def interpreted(_=None):
+        return in_a_fresh_interpreter(code, "f", tests[:4])
+
+    batches = range(batch)
     with ThreadPoolExecutor(8) as eight, ThreadPoolExecutor(2) as two:
-        times = take_turns({
-            "sandbox, one after the other": lambda: [box.grade(code, "f", tests) for _ in range(batch)],
-            "sandbox, 2 workers, 8 threads": lambda: list(eight.map(lambda _: box.grade(code, "f", tests), range(batch))),
-            "fresh interpreter, one after the other": lambda: [in_a_fresh_interpreter(code, "f", tests) for _ in range(batch)],
-            "fresh interpreter, 2 threads": lambda: list(two.map(in_a_fresh_interpreter, *zip(*[(code, "f", tests)] * batch))),
-            "1 test": lambda: [box.grade(code, "f", few) for _ in range(batch)],
-            "201 tests": lambda: [box.grade(code, "f", many) for _ in range(batch)],
-        })  # fmt: skip
-    a_test = (times.pop("201 tests") - times.pop("1 test")) / batch / 200
+        alternatives = {
+            "sandbox, one after the other": lambda: [graded(4) for _ in batches],
+            "sandbox, 2 workers, 8 threads": lambda: list(eight.map(partial(graded, 4), batches)),
+            "fresh interpreter, one after the other": lambda: [interpreted() for _ in batches],
+            "fresh interpreter, 2 threads": lambda: list(two.map(interpreted, batches)),
+            "1 test": lambda: [graded(1) for _ in batches],
+            "201 tests": lambda: [graded(201) for _ in batches],
+        }
+        times = take_turns(alternatives)
+    further = (times.pop("201 tests") - times.pop("1 test")) / batch / 200 * 1e6
     rates = {name: round(batch / value, 1) for name, value in times.items()}
     for name, rate in rates.items():
         print(f"{name:<40}{rate:>8.0f} evaluations/s")
-    print(f"{'a further test':<40}{a_test * 1e6:>8.1f} microseconds")
-    return {"evaluations_per_second": rates, "microseconds_per_further_test": round(a_test * 1e6, 1)}
+    print(f"{'a further test':<40}{further:>8.1f} microseconds")
+    return {"evaluations_per_second": rates, "microseconds_per_further_test": round(further, 1)}
+
+
+# ------------------------------------------------------------------------------ the figure
+def draw_turns(axis, rows):
+    for name, label in (
+        ("generate", "generate on the whole conversation"),
+        ("ours", "ours: cache carried over turns"),
+    ):
+        points = [(int(turns), row[name]) for turns, row in rows.items()]
+        axis.plot(*zip(*points), "o-", label=label)
+    axis.set(title="Rollout, 32 rows", xlabel="turns", ylabel="seconds", xscale="log", yscale="log")
+    axis.set_xticks([int(turns) for turns in rows], list(rows))
+    axis.minorticks_off()
+    axis.legend()
+
+
+def draw_update(axis, found):
+    kinds = {
+        "body": "body alone",
+        "ours": "ours: head\nin chunks",
+        "dense": "full\nlog-softmax",
+    }
+    heights = [found[kind]["mb"] / 1024 for kind in kinds]
+    axis.bar(list(kinds.values()), heights)
+    for i, (kind, height) in enumerate(zip(kinds, heights)):
+        axis.text(i, height, f"{found[kind]['seconds']:.0f} s", ha="center", va="bottom")
+    axis.set_title("Update, vocabulary 151,936, 4 x 1024 tokens")
+    axis.set_ylabel("peak memory above weights (GiB)")
+    axis.margins(y=0.12)
+
+
+def draw_step(axis, found):
+    rows = {"1 turn of 64 tokens": "1 turns of 64 tokens"}
+    rows["16 turns of 8 tokens"] = "16 turns of 8 tokens"
+    kinds = {
+        "ours": "ours",
+        "trl": "TRL 1.16",
+        "trl_default": "TRL, gradient checkpointing (its default)",
+    }
+    width = 0.27
+    for number, (kind, label) in enumerate(kinds.items()):
+        at = [i + width * (number - 1) for i in range(len(rows))]
+        axis.bar(at, [found[name][kind] for name in rows.values()], width, label=label)
+    axis.set_xticks(range(len(rows)), list(rows))
+    axis.set(title="Training step, 128 rows", ylabel="seconds")
+    axis.legend(loc="upper left", fontsize="small")
+    axis.margins(y=0.3)
 
 
 def figure():
@@ -485,51 +699,46 @@ def figure():
 
     found = {path.stem: json.loads(path.read_text()) for path in HERE.glob("*.json")}
     drawn = Figure(figsize=(13, 3.8), layout="constrained")
-    turns, memory, step = drawn.subplots(1, 3)
-    for name, label in (("generate", "generate on the whole conversation"), ("ours", "ours: cache carried over turns")):
-        rows = found["rollout"]["against generate"]
-        turns.plot([int(n) for n in rows], [row[name] for row in rows.values()], "o-", label=label)
-    turns.set(title="Rollout, 32 rows", xlabel="turns", ylabel="seconds", xscale="log", yscale="log")
-    turns.set_xticks([int(n) for n in rows], list(rows))
-    turns.minorticks_off()
-    turns.legend()
-    kinds, update = ("body", "ours", "dense"), found["update"]
-    memory.bar(["body alone", "ours: head\nin chunks", "full\nlog-softmax"], [update[k]["mb"] / 1024 for k in kinds])
-    for i, k in enumerate(kinds):
-        memory.text(i, update[k]["mb"] / 1024, f"{update[k]['seconds']:.0f} s", ha="center", va="bottom")
-    memory.set(title="Update, vocabulary 151,936, 4 x 1024 tokens", ylabel="peak memory above weights (GiB)")
-    memory.margins(y=0.12)
-    rows = found["trl"]
-    names = [name for name in rows if "turns" in name]
-    kinds = {"ours": "ours", "trl": "TRL 1.16", "trl_default": "TRL, gradient checkpointing (its default)"}
-    for offset, (k, label) in enumerate(kinds.items()):
-        step.bar([i + 0.27 * offset - 0.27 for i in range(len(names))], [rows[n][k] for n in names], 0.27, label=label)
-    step.set_xticks(range(len(names)), ["1 turn of 64 tokens", "16 turns of 8 tokens"])
-    step.set(title="Training step, 128 rows", ylabel="seconds")
-    step.legend(loc="upper left", fontsize="small")
-    step.margins(y=0.3)
+    left, middle, right = drawn.subplots(1, 3)
+    draw_turns(left, found["rollout"]["against generate"])
+    draw_update(middle, found["update"])
+    draw_step(right, found["trl"])
     drawn.savefig(HERE / "bench.png", dpi=110)
 
 
-BENCHMARKS = {"rollout": rollout, "lengths": lengths, "update": update, "step": step, "compile": compiled, "sandbox": sandbox}
-MORE = {"trl": trl, "gpu": gpu}  # need more than this repository
+ANYWHERE = {
+    "rollout": rollout,
+    "waiting": waiting,
+    "update": update,
+    "step": step,
+    "compile": compiled,
+    "sandbox": sandbox,
+}
+BENCHMARKS = ANYWHERE | {"trl": trl, "gpu": gpu}  # these need more than this repository
 
 
 def main():
     """Run the benchmarks that the command line names, or all that run anywhere."""
-    if sys.argv[1:2] == ["--one-update"]:
-        return one_update(sys.argv[2])
-    known = BENCHMARKS | MORE
-    unknown = set(sys.argv[1:]) - {*known, "figure"}
-    if unknown:
-        sys.exit(f"bench.py: unknown benchmark {unknown.pop()}: use one of {', '.join(known)}, figure")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}, figure")
+    parser.add_argument("--one_update", choices=UPDATES, help="what `update` calls")
+    args = parser.parse_args()
     HERE.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or [*BENCHMARKS, "figure"]:
+    if args.one_update:
+        one_update(args.one_update)
+        return
+    names = args.names or [*ANYWHERE, "figure"]
+    for name in names:
+        if name not in {*BENCHMARKS, "figure"}:
+            parser.error(f"unknown benchmark {name}: use {', '.join(BENCHMARKS)} or figure")
+    for name in names:
         if name == "figure":
             figure()
             continue
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        (HERE / f"{name}.json").write_text(json.dumps(machine | known[name](), indent=1) + "\n")
+        machine = {"machine": platform.machine(), "cores": os.cpu_count()}
+        machine["torch"] = torch.__version__
+        results = machine | BENCHMARKS[name]()
+        (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Does AEM do here what the paper says, and when does it not? A replication study of arms x seeds, by `aem.train`.
+"""Does AEM do here what the paper says, and when does it not? A study of arms and seeds.
 
-    python experiments/replicate.py            # all of it, hours on 2 cores; can be stopped and started again at any time
+    python experiments/replicate.py            # all, hours on 2 cores; stop and go on at any time
     python experiments/replicate.py --quick    # two arms, two seeds, in minutes
-    python experiments/replicate.py --report > experiments/results/report.md   # all tables, and the figures there
+    python experiments/replicate.py --report > experiments/results/report.md   # and all figures
 
-Each finished run is one line of experiments/results/runs.jsonl, never run again. Learning rates are chosen on TUNING seeds, the
-map of regimes has MAPPED ones; what is reported runs on SEEDS, paired by seed, and so do the map's cells where AEM looked best.
-All runs of one world start from the same warm start, and all arms of a seed see the same tasks.
+Each finished run is one line of experiments/results/runs.jsonl, never run again. Learning rates are
+chosen on TUNING seeds, the map of regimes has MAPPED ones. What is reported runs on SEEDS, paired
+by seed, and so do the map's cells where AEM looked best. All runs of one world start from the same
+warm start, and all arms of a seed see the same tasks.
 """
 
 import argparse
@@ -20,81 +21,152 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import aem
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 import diagnose
 
-RESULTS, DEFAULTS = Path(__file__).parent / "results", vars(aem.Config())
-SEEDS, TUNING, MAPPED = tuple(range(1, 9)), (101, 102), (101, 102, 103)
-QUICK = dict(steps=20, eval_every=20, eval_tasks=256)
-T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t, 97.5 %, by degrees of freedom
+import aem
+
+RESULTS = Path(__file__).parent / "results"
+DEFAULTS = vars(aem.Config()) | {"mask_drift": "off"}
+SEEDS = range(1, 9)
+TUNING = (101, 102)
+MAPPED = (101, 102, 103)
+QUICK = {"steps": 20, "eval_every": 20, "eval_tasks": 256}
+# Student's t, 97.5 %, by degrees of freedom
+T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-WORLDS = {"household": dict(steps=60, eval_every=60), "code": dict(steps=40, eval_every=40)}  # code is learned sooner
+WORLDS = {
+    "household": {"steps": 60, "eval_every": 60},
+    "code": {"steps": 40, "eval_every": 40},  # is learned sooner
+}
 ESTIMATORS = ("grpo", "dapo", "gspo", "grpo++", "gigpo")
-ARMS = {e + " + AEM" * with_aem: dict(estimator=e, aem=with_aem) for e in ESTIMATORS for with_aem in (False, True)}
+ARMS = {
+    f"{estimator} + AEM" if with_aem else estimator: {"estimator": estimator, "aem": with_aem}
+    for estimator in ESTIMATORS
+    for with_aem in (False, True)
+}
 PAIR = ("grpo", "grpo + AEM")
 VARIANTS = {  # of GRPO + AEM
-    "reversed": dict(aem_direction="reverse"),
-    "shuffled": dict(aem_direction="shuffle"),
-    "scope trajectory": dict(aem_scope="trajectory"),
-    "scope batch": dict(aem_scope="batch"),
-    "lambda 0.5": dict(lam=0.5),
-    "lambda 2": dict(lam=2.0),
-    "no gate": dict(min_range=0.0),
-    "only what should raise entropy": dict(mask_drift="raise"),
-    "only what should lower entropy": dict(mask_drift="lower"),
-    "lr 1e-4": dict(lr=1e-4),  # smaller steps, as the theorem is about small ones
-    "lr 1e-4, only what should raise entropy": dict(lr=1e-4, mask_drift="raise"),
-    "lr 1e-4, only what should lower entropy": dict(lr=1e-4, mask_drift="lower"),
+    "reversed": {"aem_direction": "reverse"},
+    "shuffled": {"aem_direction": "shuffle"},
+    "scope trajectory": {"aem_scope": "trajectory"},
+    "scope batch": {"aem_scope": "batch"},
+    "lambda 0.5": {"lam": 0.5},
+    "lambda 2": {"lam": 2.0},
+    "no gate": {"min_range": 0.0},
+    "only what should raise entropy": {"mask_drift": "raise"},
+    "only what should lower entropy": {"mask_drift": "lower"},
+    "lr 1e-4": {"lr": 1e-4},  # smaller steps, as the theorem is about small ones
+    "lr 1e-4, only what should raise entropy": {"lr": 1e-4, "mask_drift": "raise"},
+    "lr 1e-4, only what should lower entropy": {"lr": 1e-4, "mask_drift": "lower"},
 }
 REGIMES = {  # rows of the map: what differs from the main setting in household
-    "as in the main table": dict(),
-    "start 20 %": dict(warm_steps=400),  # success of the starting policy hangs on how long it has imitated
-    "start 10 %": dict(warm_steps=250),
-    "start 5 %": dict(warm_steps=175),
-    "4 epochs a batch": dict(epochs=4),
-    "8 turns": dict(max_turns=8),
-    "120 steps": dict(steps=120, eval_every=120),
+    "as in the main table": {},
+    "start 20 %": {"warm_steps": 400},  # of imitation: success before training hangs on it
+    "start 10 %": {"warm_steps": 250},
+    "start 5 %": {"warm_steps": 175},
+    "4 epochs a batch": {"epochs": 4},
+    "8 turns": {"max_turns": 8},
+    "120 steps": {"steps": 120, "eval_every": 120},
 }
-CELLS = {f"{name}, {lr:g}": dict(more, env="household", lr=lr) for name, more in REGIMES.items() for lr in RATES}
-KEPT = ("success", "reward", "response_entropy", "negative", "turns", "alpha_min", "alpha_max", "grad_norm", "clip_fraction")
+CELLS = {
+    f"{name}, {lr:g}": more | {"env": "household", "lr": lr}
+    for name, more in REGIMES.items()
+    for lr in RATES
+}
+KEPT = ("success", "reward", "response_entropy", "negative", "turns")
+KEPT += ("alpha_min", "alpha_max", "grad_norm", "clip_fraction")
 
 
-# ---------------------------------------------------------------- runs
-def finished():
-    """All results: {key: line}, with held-out success at the end and the area under the curve (mean of all steps), in %."""
-    file = RESULTS / "runs.jsonl"
-    runs = {key(run["flags"], run["seed"]): run for run in map(json.loads, open(file) if file.exists() else ())}
-    return {k: run | dict(end=100 * run["after"]["all"], area=100 * fmean(run["curves"]["success"])) for k, run in runs.items()}
-
-
+# ------------------------------------------------------------------------------ runs
 def key(flags, seed):
     """What makes a run: its flags, but for defaults, in a fixed order, and its seed."""
-    return json.dumps([sorted((k, v) for k, v in flags.items() if v != DEFAULTS[k]), seed])
+    changed = sorted((name, value) for name, value in flags.items() if value != DEFAULTS[name])
+    return json.dumps([changed, seed])
+
+
+def finished():
+    """All results by key. `end` is held-out success in %, `area` the mean success of all steps."""
+    file = RESULTS / "runs.jsonl"
+    known = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        result = json.loads(line)
+        result["end"] = 100 * result["after"]["all"]
+        result["area"] = 100 * fmean(result["curves"]["success"])
+        known[key(result["flags"], result["seed"])] = result
+    return known
+
+
+def modulate_and_mask(modulate, mask_drift, trajectories, cfg, step):
+    """AEM's alpha (R,), but 0 for responses that shouldn't 'raise' entropy, or 'lower' it.
+
+    By the theorem a response moves entropy by A (S - H), and AEM takes 1 - alpha for S - H.
+    """
+    alpha = modulate(trajectories, cfg, step)
+    drift = aem.assign_credit(trajectories, cfg) * (1 - alpha)
+    chosen = drift > 0 if mask_drift == "raise" else drift < 0
+    return torch.where(chosen, alpha, 0.0)
+
+
+def train(flags, **more):
+    """Train once. A run ends early if dynamic sampling finds no group that varies any more.
+
+    Returns: (rows of its metrics, why it ended early or "").
+    """
+    settings = flags | more
+    modulate = aem.modulate
+    mask_drift = settings.pop("mask_drift", "off")
+    if mask_drift != "off":
+        modulate = partial(modulate_and_mask, modulate, mask_drift)
+    with mock.patch.object(aem, "modulate", modulate):
+        try:
+            return aem.train(aem.Config(**settings, name="run")), ""
+        except aem.UsageError as error:
+            run = Path(settings["out"]) / "run"
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            settings |= {"steps": 0, "model": str(run)}
+            last = aem.train(aem.Config(**settings, name="last"))[0]
+            rows[-1] |= {name: value for name, value in last.items() if name.startswith("eval_")}
+            return rows, str(error)
+
+
+def rounded(row, name):
+    """A metric to four digits; None where it was not measured, as before the first update."""
+    return float(f"{row[name]:.4g}") if name in row else None
 
 
 def run(flags, seed):
     """Train once, on one core, in a process of its own. Returns: the line of runs.jsonl."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        try:
-            rows, ended = aem.train(aem.Config(**flags, seed=seed, out=out, name="run")), ""
-        except aem.UsageError as error:  # dynamic sampling finds no group that varies any more: the policy has collapsed
-            rows, ended = [json.loads(line) for line in open(Path(out) / "run" / "metrics.jsonl")], str(error)
-            last = aem.train(aem.Config(**flags | dict(steps=0, seed=seed, model=f"{out}/run", out=out, name="last")))[0]
-            rows[-1] |= {name: value for name, value in last.items() if name.startswith("eval_")}
+    silent = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.redirect_stdout(silent))
+        stack.enter_context(contextlib.redirect_stderr(silent))
+        rows, ended = train(flags, seed=seed, out=out)
     seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
-    rows += rows[-1:] * (flags["steps"] + 1 - len(rows))  # a run that has ended stays where it was
-    curves = {name: [float(f"{row[name]:.4g}") for row in rows] for name in KEPT}
-    ends = {when: {"all": row["eval_success"], **row["eval_by_type"]} for when, row in (("before", rows[0]), ("after", rows[-1]))}
-    return {"flags": flags, "seed": seed, **ends, "curves": curves, "seconds": round(seconds, 1), "ended": ended}
+    while len(rows) <= flags["steps"]:  # a run that has ended stays where it was
+        rows.append(rows[-1])
+    return {
+        "flags": flags,
+        "seed": seed,
+        "before": {"all": rows[0]["eval_success"], **rows[0]["eval_by_type"]},
+        "after": {"all": rows[-1]["eval_success"], **rows[-1]["eval_by_type"]},
+        "curves": {name: [rounded(row, name) for row in rows] for name in KEPT},
+        "seconds": round(seconds, 1),
+        "ended": ended,
+    }
 
 
 def run_all(wanted, workers, bar):
@@ -102,10 +174,9 @@ def run_all(wanted, workers, bar):
     known = finished()
     missing = {key(*pair): pair for pair in wanted if key(*pair) not in known}
     for flags, _ in missing.values():
-        cfg = aem.Config(**flags)
+        cfg = aem.Config(**{name: v for name, v in flags.items() if name != "mask_drift"})
         cfg.check()
-        aem.warm_start(aem.make_environments(cfg, 1)[0], cfg)  # once, before several processes want it
-    os.environ["TQDM_DISABLE"] = "1"  # in the workers: their bars
+        aem.warm_start(aem.make_environments(cfg, 1)[0], cfg)  # before several processes want it
     bar.update(len(wanted) - len(missing))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, *pair) for pair in missing.values()]):
@@ -114,187 +185,300 @@ def run_all(wanted, workers, bar):
             bar.update()
 
 
-# ---------------------------------------------------------------- the study: which runs
+# ------------------------------------------------------------------------------ which runs
 def setting(env, arm, **more):
-    return dict(eval_tasks=512, env=env) | WORLDS[env] | (ARMS.get(arm) or ARMS["grpo + AEM"] | VARIANTS[arm]) | more
+    """All flags of a run of an arm, or of a variant, in a world."""
+    flags = ARMS[arm] if arm in ARMS else ARMS["grpo + AEM"] | VARIANTS[arm]
+    return {"eval_tasks": 512, "env": env} | WORLDS[env] | flags | more
+
+
+def lines(known, flags, seeds):
+    """The results of a setting, of those seeds that have one."""
+    return [known[key(flags, seed)] for seed in seeds if key(flags, seed) in known]
 
 
 def tuned(known, world):
-    """Mean success at the end over the tuning seeds, by arm and learning rate, where all of them have run: {arm: {rate: %}}."""
-    found = {arm: {lr: [run["end"] for run in lines(known, setting(world, arm, lr=lr), TUNING)] for lr in RATES} for arm in ARMS}
-    return {arm: {lr: fmean(ends) for lr, ends in by.items() if len(ends) == len(TUNING)} for arm, by in found.items()}
+    """Mean success at the end over the tuning seeds, where all have run: {arm: {rate: %}}."""
+    means = {}
+    for arm in ARMS:
+        means[arm] = {}
+        for lr in RATES:
+            found = lines(known, setting(world, arm, lr=lr), TUNING)
+            if len(found) == len(TUNING):
+                means[arm][lr] = fmean(result["end"] for result in found)
+    return means
 
 
 def reported(known, world):
-    """The runs of the main table and of the ablations, each arm at its own best learning rate: {name: flags}."""
-    arms = {a: setting(world, a, lr=max(e, key=e.get)) for a, e in tuned(known, world).items() if len(e) == len(RATES)}
+    """The runs of the main table and the ablations, at each arm's best rate: {name: flags}."""
+    arms = {}
+    for arm, ends in tuned(known, world).items():
+        if len(ends) == len(RATES):
+            arms[arm] = setting(world, arm, lr=max(ends, key=ends.get))
     if world == "household" and "grpo + AEM" in arms:
-        arms |= {name: arms["grpo + AEM"] | flags for name, flags in VARIANTS.items()}
+        for name, flags in VARIANTS.items():
+            arms[name] = arms["grpo + AEM"] | flags
     return arms
 
 
-def study(workers):
-    """Everything, in an order in which each stage has what it needs."""
-    total = len(WORLDS) * len(ARMS) * (len(TUNING) * len(RATES) + len(SEEDS)) + len(VARIANTS) * len(SEEDS)
-    bar = tqdm(total=total + len(PAIR) * len(CELLS) * len(MAPPED), desc="runs", unit="run")
-    for world in WORLDS:
-        run_all([(setting(world, arm, lr=lr), s) for s in TUNING for lr in RATES for arm in ARMS], workers, bar)
-        run_all([(flags, s) for flags in reported(finished(), world).values() for s in SEEDS], workers, bar)
-    mechanism(reported(finished(), "household")["grpo + AEM"])
-    run_all([(setting(arm=arm, **cell), s) for cell in CELLS.values() for s in MAPPED for arm in PAIR], workers, bar)
-    again = [(flags, s) for arms in promising(finished()).values() for s in SEEDS for flags in arms]
-    bar.total += len(again)
-    run_all(again, workers, bar)
-
-
 def mapped(known):
-    """Cells of the map that are complete: {name: (runs without AEM, runs with it, the latter's leads in area)}."""
-    pairs = {name: [lines(known, setting(arm=arm, **cell), MAPPED) for arm in PAIR] for name, cell in CELLS.items()}
-    return {n: (*p, [b["area"] - a["area"] for a, b in zip(*p)]) for n, p in pairs.items() if min(map(len, p)) == len(MAPPED)}
+    """Cells of the map that are complete.
+
+    Returns: {name: (runs without AEM, runs with it, the latter's leads in area)}.
+    """
+    cells = {}
+    for name, cell in CELLS.items():
+        plain, ours = [lines(known, setting(arm=arm, **cell), MAPPED) for arm in PAIR]
+        if len(plain) == len(ours) == len(MAPPED):
+            leads = [b["area"] - a["area"] for a, b in zip(plain, ours)]
+            cells[name] = (plain, ours, leads)
+    return cells
 
 
 def promising(known):
-    """Cells in which AEM leads by two points, or by more than the interval: {name: flags: plain, AEM, shuffled AEM}."""
-    chosen = [name for name, (_, _, leads) in mapped(known).items() if fmean(leads) > min(2, interval(leads))]
-    return {name: [setting(arm=arm, **CELLS[name]) for arm in (*PAIR, "shuffled")] for name in chosen}
+    """Cells in which AEM leads by two points, or by more than the interval.
+
+    Returns: {name: flags without AEM, with it, with its alphas shuffled}.
+    """
+    cells = {}
+    for name, (_, _, leads) in mapped(known).items():
+        if fmean(leads) > min(2, interval(leads)):
+            cells[name] = [setting(arm=arm, **CELLS[name]) for arm in (*PAIR, "shuffled")]
+    return cells
 
 
 def mechanism(flags, states=64, samples=64, updates=4):
-    """Diagnose the run of the first seed at its start, in its middle and at its end: results/mechanism-*.json."""
-    for when, steps in (("start", 0), ("middle", flags["steps"] // 2), ("end", flags["steps"])):
+    """Diagnose the first seed's run at its start, middle and end: results/mechanism-*.json."""
+    moments = {"start": 0, "middle": flags["steps"] // 2, "end": flags["steps"]}
+    for when, steps in moments.items():
         path = RESULTS / f"mechanism-{when}.json"
         if path.exists():
             continue
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            aem.train(aem.Config(**flags | dict(steps=steps), seed=SEEDS[0], out=out, name="run"))
-            found = diagnose.diagnose(*diagnose.load(Path(out) / "run", when == "start"), states, samples, updates)
-            diagnose.save(path, *found, states=states, samples=samples, updates=updates)
+            train(flags, steps=steps, seed=SEEDS[0], out=out)
+            loaded = diagnose.load(Path(out) / "run", start=when == "start")
+            found = diagnose.diagnose(*loaded, states, samples, updates)
+        diagnose.save(path, *found, states=states, samples=samples, updates=updates)
+
+
+def study(workers):
+    """Everything, in an order in which each stage has what it needs."""
+    total = len(WORLDS) * len(ARMS) * (len(TUNING) * len(RATES) + len(SEEDS))
+    total += len(VARIANTS) * len(SEEDS) + len(PAIR) * len(CELLS) * len(MAPPED)
+    bar = tqdm(total=total, desc="runs", unit="run")
+    for world in WORLDS:
+        grid = itertools.product(TUNING, RATES, ARMS)
+        run_all([(setting(world, arm, lr=lr), seed) for seed, lr, arm in grid], workers, bar)
+        best = reported(finished(), world).values()
+        run_all(list(itertools.product(best, SEEDS)), workers, bar)
+    mechanism(reported(finished(), "household")["grpo + AEM"])
+    grid = itertools.product(CELLS.values(), MAPPED, PAIR)
+    run_all([(setting(arm=arm, **cell), seed) for cell, seed, arm in grid], workers, bar)
+    again = [flags for arms in promising(finished()).values() for flags in arms]
+    bar.total += len(again) * len(SEEDS)
+    run_all(list(itertools.product(again, SEEDS)), workers, bar)
 
 
 def quick(workers):
     """Two arms, two seeds, at the default learning rate: is everything in order?"""
     arms = [setting("household", arm, lr=7e-4) | QUICK for arm in PAIR]
-    run_all([(flags, s) for s in SEEDS[:2] for flags in arms], workers, tqdm(total=4, desc="runs", unit="run"))
+    wanted = [(flags, seed) for seed in SEEDS[:2] for flags in arms]
+    run_all(wanted, workers, tqdm(total=len(wanted), desc="runs", unit="run"))
     contrasts(finished(), "household, quick: without AEM, with AEM", {"grpo": arms})
 
 
-# ---------------------------------------------------------------- the report
-def lines(known, flags, seeds):
-    return [known[key(flags, s)] for s in seeds if key(flags, s) in known]
-
-
+# ------------------------------------------------------------------------------ tables
 def interval(values):
     """Half of the 95 % interval of a mean, by Student's t."""
-    return T[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        return math.nan
+    return T[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
 def paired(a, b):
-    """Text: mean of b - a, its 95 % interval, and p of the exact paired permutation test (all 2^n signs)."""
-    d = [y - x for x, y in zip(a, b, strict=True)]
-    p = fmean(abs(sum(map(math.prod, zip(signs, d)))) > abs(sum(d)) - 1e-9 for signs in itertools.product((1, -1), repeat=len(d)))
-    return f"{fmean(d):+.1f} ± {interval(d):.1f}, p = {p:.2f}"
+    """Text: mean of b - a, its 95 % interval, and p of the exact paired permutation test."""
+    leads = [y - x for x, y in zip(a, b, strict=True)]
+    observed = abs(sum(leads)) - 1e-9
+    extreme = []
+    for signs in itertools.product((1, -1), repeat=len(leads)):  # all 2^n
+        extreme.append(abs(sum(sign * lead for sign, lead in zip(signs, leads))) > observed)
+    return f"{fmean(leads):+.1f} ± {interval(leads):.1f}, p = {fmean(extreme):.2f}"
 
 
 def table(title, head, rows):
     """Print a table of Markdown, of what is not empty; rows: {name: cells}."""
     text = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items() if any(cells)]
     if text:
-        print(f"\n**{title}**\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}", *text, sep="\n")
+        print(f"\n**{title}**\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
+        print("\n".join(text))
 
 
 def contrasts(known, title, pairs, a="without", b="with"):
-    """Print success at the end and area under the curve, %, of pairs of arms, and their difference; pairs: {name: two flags}."""
+    """Print success at the end and area under the curve, %, of pairs of arms.
+
+    Args: pairs {name: two flags}; a, b, what to call the two.
+    """
     rows = {}
     for name, pair in pairs.items():
-        seeds = [s for s in SEEDS if all(key(flags, s) in known for flags in pair)]
+        seeds = [seed for seed in SEEDS if all(key(flags, seed) in known for flags in pair)]
         rows[name] = [f"{pair[0]['lr']:g}, {pair[1]['lr']:g}", str(len(seeds))]
-        for measure in ("end", "area") if len(seeds) > 1 else ():
-            values = [[run[measure] for run in lines(known, flags, seeds)] for flags in pair]
-            rows[name] += [f"{fmean(v):.1f} ± {interval(v):.1f}" for v in values] + [paired(*values)]
-    columns = [f"{measure}: {which}" for measure in ("end", "area") for which in (a, b, "difference")]
-    table(title, ["learning rates", "seeds", *columns], rows)
+        if len(seeds) < 2:
+            continue
+        for measure in ("end", "area"):
+            columns = [[x[measure] for x in lines(known, flags, seeds)] for flags in pair]
+            rows[name] += [f"{fmean(column):.1f} ± {interval(column):.1f}" for column in columns]
+            rows[name].append(paired(*columns))
+    head = ["learning rates", "seeds"]
+    head += [f"{measure}: {x}" for measure in ("end", "area") for x in (a, b, "difference")]
+    table(title, head, rows)
+
+
+def tuning_tables(known, world, full):
+    """Print all learning rates of the tuning seeds; full: pairs of arms that are complete."""
+    rows = {}
+    for arm, ends in tuned(known, world).items():
+        rows[arm] = [f"{ends[lr]:.1f}" if lr in ends else "" for lr in RATES]
+    rates = [f"{lr:g}" for lr in RATES]
+    table(f"{world}: success at the end by learning rate, tuning seeds, %", rates, rows)
+    rows = {}
+    for name, pair in full.items():
+        found = [[], []]
+        for results, arm in zip(found, pair):
+            for lr in RATES:
+                results += lines(known, setting(world, arm, lr=lr), TUNING)
+        rows[name] = []
+        for measure in ("end", "area"):
+            rows[name].append(paired(*[[x[measure] for x in results] for results in found]))
+    title = f"{world}: with AEM - without at equal learning rates, all 4 rates, tuning seeds"
+    table(title, ["end", "area"], rows)
+
+
+def type_table(known, world, arms):
+    """Print success at the end by type of task."""
+    kinds = []
+    rows = {}
+    for arm in ARMS:
+        ends = [result["after"] for result in lines(known, arms.get(arm, {}), SEEDS)]
+        if ends:
+            kinds = list(ends[0])
+            rows[arm] = [f"{100 * fmean(end[kind] for end in ends):.1f}" for kind in kinds]
+    table(f"{world}: success at the end by type of task, %", kinds, rows)
 
 
 def tables(known):
     """Print what there are results for."""
     for world in WORLDS:
-        rows = {arm: [f"{ends[lr]:.1f}" if lr in ends else "" for lr in RATES] for arm, ends in tuned(known, world).items()}
-        table(f"{world}: success at the end by learning rate, tuning seeds, %", [f"{lr:g}" for lr in RATES], rows)
-        tried = {arm: [x for lr in RATES for x in lines(known, setting(world, arm, lr=lr), TUNING)] for arm in ARMS}
         arms = reported(known, world)
-        full = [(e, e + " + AEM") for e in ESTIMATORS if {e, e + " + AEM"} <= set(arms)]
-        rows = {e: [paired(*([run[m] for run in tried[arm]] for arm in (e, ours))) for m in ("end", "area")] for e, ours in full}
-        table(f"{world}: with AEM - without at equal learning rates, all 4 rates, tuning seeds", ["end", "area"], rows)
-        contrasts(known, f"{world}: without AEM, with AEM", {e: (arms[e], arms[ours]) for e, ours in full})
-        varied = {name: (arms["grpo + AEM"], arms[name]) for name in VARIANTS if name in arms}
-        contrasts(known, f"{world}: GRPO + AEM, and variants of it", varied, "AEM", "variant")
-        ends = {arm: [line["after"] for line in lines(known, arms[arm], SEEDS)] for arm in ARMS if arm in arms}
-        kinds = list(next((found[0] for found in ends.values() if found), ()))
-        rows = {arm: [f"{100 * fmean(end[kind] for end in found):.1f}" for kind in kinds] for arm, found in ends.items() if found}
-        table(f"{world}: success at the end by type of task, %", kinds, rows)
-    again, cells = promising(known).items(), "household: cells of the map where AEM looked best, on other seeds"
-    contrasts(known, f"{cells}: without AEM, with AEM", {name: arms[:2] for name, arms in again})
-    contrasts(known, f"{cells}: with AEM, shuffled", {name: arms[1:] for name, arms in again}, "AEM", "shuffled")
-    ended = sum(bool(run.get("ended")) for run in known.values())
-    print(f"\n{len(known)} runs; {ended} of them ended early, as dynamic sampling found no group that varies any more")
+        full = {e: (e, f"{e} + AEM") for e in ESTIMATORS if e in arms and f"{e} + AEM" in arms}
+        tuning_tables(known, world, full)
+        pairs = {name: [arms[arm] for arm in pair] for name, pair in full.items()}
+        contrasts(known, f"{world}: without AEM, with AEM", pairs)
+        pairs = {name: (arms["grpo + AEM"], arms[name]) for name in VARIANTS if name in arms}
+        title = f"{world}: GRPO + AEM, and variants of it"
+        contrasts(known, title, pairs, "AEM", "variant")
+        type_table(known, world, arms)
+    again = promising(known)
+    cells = "household: cells of the map where AEM looked best, on other seeds"
+    pairs = {name: arms[:2] for name, arms in again.items()}
+    contrasts(known, f"{cells}: without AEM, with AEM", pairs)
+    pairs = {name: arms[1:] for name, arms in again.items()}
+    contrasts(known, f"{cells}: with AEM, shuffled", pairs, "AEM", "shuffled")
+    ended = sum(result.get("ended", "") != "" for result in known.values())
+    why = "as dynamic sampling found no group that varies any more"
+    print(f"\n{len(known)} runs; {ended} of them ended early, {why}")
+
+
+# ------------------------------------------------------------------------------ figures
+def band(axis, found, curve, color, dashes, label):
+    """Draw a curve's mean over runs, and the 95 % interval of that mean."""
+    steps = list(zip(*(result["curves"][curve] for result in found)))  # (steps, runs)
+    mean = [fmean(values) for values in steps]
+    half = [interval(values) for values in steps]
+    low = [m - h for m, h in zip(mean, half)]
+    high = [m + h for m, h in zip(mean, half)]
+    axis.plot(mean, dashes, color=color, label=label)
+    axis.set_xlabel("training step; band: 95 % interval of the mean")
+    axis.fill_between(range(len(mean)), low, high, alpha=0.15, color=color)
 
 
 def dynamics(known, file, arms):
-    """Success and the share of negative advantages, and response entropy, over the training steps; arms: {label: flags}."""
+    """Draw success, the share of negative advantages, and response entropy over the steps.
+
+    Args: arms {label: flags}.
+    """
     runs = {label: lines(known, flags, SEEDS) for label, flags in arms.items()}
     if min(map(len, runs.values())) < 2:
         return
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawn = ((left, "success", "-"), (left, "negative", "--"), (right, "response_entropy", "-"))
-    for (i, (label, found)), (axis, name, dashes) in itertools.product(enumerate(runs.items()), drawn):
-        steps = list(zip(*(line["curves"][name] for line in found)))
-        mean, half = [fmean(v) for v in steps], [interval(v) for v in steps]
-        text = {"success": "success", "negative": "responses with A < 0"}.get(name, f"mean of {len(found)} seeds")
-        axis.plot(mean, dashes, color=f"C{i}", label=f"{label}: {text}")
-        low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-        axis.set_xlabel("training step; band: 95 % interval of the mean")
-        axis.fill_between(range(len(mean)), low, high, alpha=0.15, color=f"C{i}")
-    left.set(title="Success, and responses of negative advantage", ylabel="share of trajectories, of responses", ylim=(0, 1))
+    for i, (arm, found) in enumerate(runs.items()):
+        mean = f"{arm}: mean of {len(found)} seeds"
+        band(left, found, "success", f"C{i}", "-", f"{arm}: success")
+        band(left, found, "negative", f"C{i}", "--", f"{arm}: responses with A < 0")
+        band(right, found, "response_entropy", f"C{i}", "-", mean)
+    left.set_title("Success, and responses of negative advantage")
+    left.set(ylabel="share of trajectories, of responses", ylim=(0, 1))
     right.set(title="Response entropy", ylabel="response entropy (nats)", ylim=(0, None))
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(RESULTS / f"{file}.png", dpi=120)
 
 
 def regime_map(known):
-    """GRPO + AEM against GRPO: rows REGIMES, columns RATES."""
+    """Draw GRPO + AEM against GRPO: rows REGIMES, columns RATES."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axis, grid = figure.subplots(), [[math.nan] * len(RATES) for _ in REGIMES]
+    axis = figure.subplots()
+    grid = [[math.nan] * len(RATES) for _ in REGIMES]
     for name, (plain, ours, leads) in mapped(known).items():
         y, x = divmod(list(CELLS).index(name), len(RATES))
-        grid[y][x], ends = fmean(leads), [fmean(run["end"] for run in runs) for runs in (plain, ours)]
-        text = f"end {ends[0]:.0f} → {ends[1]:.0f}\narea {grid[y][x]:+.1f} ± {interval(leads):.1f}"
+        grid[y][x] = fmean(leads)
+        before, after = [fmean(result["end"] for result in results) for results in (plain, ours)]
+        text = f"end {before:.0f} → {after:.0f}\narea {grid[y][x]:+.1f} ± {interval(leads):.1f}"
         axis.text(x, y, text, ha="center", va="center", fontsize=9)
     image = axis.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto", alpha=0.8)
     figure.colorbar(image, label="area under the curve: with AEM - without (points)")
-    axis.set(xticks=range(len(RATES)), xticklabels=RATES, yticks=range(len(REGIMES)), yticklabels=REGIMES, xlabel="learning rate")
-    axis.set_title(f"GRPO → GRPO + AEM: held-out success at the end (%), difference in area; {len(MAPPED)} seeds", fontsize=10)
+    axis.set(xticks=range(len(RATES)), xticklabels=RATES, xlabel="learning rate")
+    axis.set(yticks=range(len(REGIMES)), yticklabels=REGIMES)
+    title = "GRPO → GRPO + AEM: held-out success at the end (%), difference in area"
+    axis.set_title(f"{title}; {len(MAPPED)} seeds", fontsize=10)
     figure.savefig(RESULTS / "regimes.png", dpi=120)
 
 
-def report(_):
+def report():
     """Print every table, draw every figure."""
     known = finished()
     tables(known)
     arms = reported(known, "household")
-    dynamics(known, "dynamics", {arm: arms.get(arm, {}) for arm in PAIR})
-    for file, prefix, base in (("drift", "", "grpo + AEM"), ("drift-small", "lr 1e-4, ", "lr 1e-4")):
-        dynamics(known, file, {base: arms.get(base, {})} | {v: arms.get(prefix + v, {}) for v in VARIANTS if v[:4] == "only"})
-    dynamics(known, "epochs", {arm: setting(arm=arm, **CELLS["4 epochs a batch, 0.0008"]) for arm in (*PAIR, "shuffled")})
+    masks = ("only what should raise entropy", "only what should lower entropy")
+    named = {
+        "dynamics": {arm: arm for arm in PAIR},
+        "drift": {"grpo + AEM": "grpo + AEM"} | {mask: mask for mask in masks},
+        "drift-small": {"lr 1e-4": "lr 1e-4"} | {mask: f"lr 1e-4, {mask}" for mask in masks},
+    }
+    for file, labels in named.items():
+        dynamics(known, file, {label: arms.get(arm, {}) for label, arm in labels.items()})
+    cell = CELLS["4 epochs a batch, 0.0008"]
+    dynamics(known, "epochs", {arm: setting(arm=arm, **cell) for arm in (*PAIR, "shuffled")})
     regime_map(known)
-    if (RESULTS / "mechanism-end.json").exists():
-        diagnose.plot([RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")], RESULTS / "mechanism.png")
+    files = [RESULTS / f"mechanism-{when}.json" for when in ("start", "middle", "end")]
+    if all(file.exists() for file in files):
+        diagnose.plot(files, RESULTS / "mechanism.png")
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="two arms, two seeds")
+    what.add_argument("--report", action="store_true", help="print and draw what results say")
+    args = parser.parse_args()
+    if args.report:
+        report()
+    elif args.quick:
+        quick(args.workers)
+    else:
+        study(args.workers)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
-    parser.add_argument("--quick", dest="what", action="store_const", const=quick, default=study, help="two arms, two seeds")
-    parser.add_argument("--report", dest="what", action="store_const", const=report, help="print and draw what the results say")
-    args = parser.parse_args()
-    args.what(args.workers)
+    main()
