@@ -584,7 +584,8 @@ def test_what_is_none_or_auto_is_settled():
     cfg.check()
     assert (cfg.device, cfg.dtype, cfg.out) == ("cpu", "float32", os.path.expanduser("~/x"))
     assert config(device="meta").dtype == "bfloat16"
-    aem.make_environments(limits := config(max_turns=None, max_response_tokens=None))
+    limits = config(max_turns=None, max_response_tokens=None)
+    aem.make_environments(limits)
     assert (limits.max_turns, limits.max_response_tokens) == (12, 16)  # Household's
 
 
@@ -818,11 +819,18 @@ class CastCounter(TorchDispatchMode):
 def test_a_rollout_rounds_each_weight_to_bfloat16_once(tiny):
     policy = clone(tiny, dtype="bfloat16")
     weights = {p.data_ptr() for p in policy.weights if p.dim() == 2}
+    stored = set()
+
+    def look(module, args, kwargs, output):
+        stored.update(x.dtype for pair in kwargs["past_key_values"].layers for x in pair)
+
+    policy.body.register_forward_hook(look, with_kwargs=True)
     with CastCounter() as counter:
         trajectories = play(policy, Echo, [1, 2], 2, config())
     assert max(len(r.logp) for t in trajectories for r in t.responses) > 2
     found = [counter.casts[w] for w in weights]
     assert max(found) == 1 and sum(found) > len(found) / 2
+    assert stored == {torch.bfloat16}  # the cache holds what attention reads
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gspo"])
@@ -1002,15 +1010,6 @@ def test_dropping_rows_never_holds_two_caches():
     with meter:
         cache.keep([0, 1, 2, 3, 4, 5, 6])
     assert 0 < meter.peak <= whole * 1.1 and len(cache.layers[0][0]) == 7
-
-
-def test_the_cache_holds_what_attention_reads(tiny):
-    policy = clone(tiny, dtype="bfloat16")
-    cache = aem.SlotCache()
-    t = aem.Trajectory(0, None, random.Random(0), policy.opening_ids("", "Say red."))
-    with torch.no_grad():
-        aem.next_logits(policy, cache, [t], config())
-    assert {x.dtype for layer in cache.layers for x in layer} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -1251,16 +1250,6 @@ def test_a_crash_is_missing_from_the_baseline(estimator):
     assert advantages_of([0.1 + 0.2, 0.3], cfg) == [0.0] * 2  # equal but for rounding
 
 
-def test_compact_filtering_masks_but_keeps_the_baseline():
-    trajectories = [invented([2], reward=1.0), invented([3], truncated=True), invented([2])]
-    trajectories.append(invented([4], truncated=True))
-    advantages = aem.assign_credit(trajectories, config(estimator="grpo++")).tolist()
-    assert advantages == pytest.approx([1, 0, -1 / 3, 0])  # dropped first: 1 and -1
-    assert [t.masked for t in trajectories] == [False, True, False, True]
-    aem.assign_credit(trajectories, config())
-    assert not any(t.masked for t in trajectories)
-
-
 def test_scopes_of_the_normalisation(mixed):
     keys = {"group": lambda t: t.group, "trajectory": id, "batch": lambda t: 0}
     for scope, key in keys.items():
@@ -1346,24 +1335,6 @@ def test_logps_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, mo
     (weights * fast).sum().backward()
     assert torch.allclose(gradient_of(policy), expected, rtol=0, atol=1e-10)
     assert expected.norm() > 0.01
-
-
-def test_only_sampled_positions_get_gradient(tiny, played):
-    policy = clone(tiny)
-    hidden = []
-
-    def keep_gradient(module, args, output):
-        hidden.append(output.last_hidden_state)
-        hidden[0].retain_grad()
-
-    policy.body.register_forward_hook(keep_gradient)
-    for r in aem.responses_of(played):
-        r.advantage = 1.0
-    aem.accumulate_gradients(policy, played, config())
-    touched = hidden[0].grad.abs().sum(-1) > 0  # (B, T)
-    for row, t in enumerate(next(aem.micro_batches(played, 8192))):
-        predicting = {at - 1 for _, at, _ in sampled(t)}
-        assert set(touched[row].nonzero().flatten().tolist()) == predicting
 
 
 class Bigram(torch.nn.Module):
@@ -1714,24 +1685,6 @@ def test_a_run_without_a_name_resumes_its_newest(runs):
     assert (first / "checkpoints" / "step-000002.pt").exists()
     run(steps=1, name="a[1]", **flags)
     assert len(run(steps=2, name="a[1]", **flags)) == 3
-
-
-def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, tmp_path):
-    for name in aem.LOGS:
-        (tmp_path / name).touch()
-    weights = []
-    for kind in ("neither", "saved", "loaded"):
-        policy = clone(tiny)
-        optimizer = torch.optim.AdamW(policy.weights, lr=0.01, weight_decay=0.0)
-        if kind == "saved":
-            aem.save_checkpoint(tmp_path, policy, optimizer, 1)
-        if kind == "loaded":
-            assert aem.load_checkpoint(tmp_path, policy, optimizer) == 2
-        for p in policy.weights:
-            p.grad = torch.full_like(p, 0.5)
-        optimizer.step()
-        weights.append(torch.cat([p.flatten() for p in policy.weights]))
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
 def test_a_checkpoint_holds_a_tied_head_once(whole):
@@ -2177,6 +2130,8 @@ def test_bootstrap_and_agreement_by_hand():
 def test_the_benchmark_for_a_gpu_runs_on_a_cpu(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "experiments"))
     bench = importlib.import_module("bench")
+    take_turns = bench.take_turns
+    monkeypatch.setattr(bench, "take_turns", lambda work, rounds: take_turns(work, 1))  # soon done
     found = bench.against_floors(bench.TINY, rows=8, turns=2, tokens=4, device="cpu")  # bfloat16
     assert found["tokens"] == 8 * 2 * 4 and 0 <= found["logp_gap"] < 0.02
     assert 0 < found["rollout_floor"] < found["rollout_seconds"]
