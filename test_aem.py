@@ -23,6 +23,7 @@ import time
 import types
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -1608,11 +1609,11 @@ def echo_model(folder):
 
 def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
     run, folder = runs
-    rows = run(name="first")
+    rows = run(name="first", steps=30)
     assert rows[0]["eval_success"] < 0.7 and rows[-1]["eval_success"] > 0.95
     assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
-    assert [row["step"] for row in rows] == list(range(41))
-    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 40]
+    assert [row["step"] for row in rows] == list(range(31))
+    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 30]
     assert rows == folder_rows(folder / "first")
     wanted = {"step", "success", "reward", "response_entropy", "token_entropy", "alpha_min"}
     wanted |= {"alpha_max", "turns", "response_tokens", "invalid_actions", "rollout_seconds"}
@@ -1623,12 +1624,13 @@ def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
     assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
     assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     text = (folder / "first" / "trajectories.txt").read_text()
-    assert all(word in text for word in ("H_bar", "alpha", "advantage", "step 40"))
+    assert all(word in text for word in ("H_bar", "alpha", "advantage", "step 30"))
     again = run(model=str(folder / "first"), steps=0, name="evaluated")
     assert again[0]["eval_success"] == rows[-1]["eval_success"]  # it is the trained policy
 
 
 WHOLE = {"steps": 7, "save_every": 2, "eval_every": 2, "resume": "auto", "kl_coef": 0.01}
+WHOLE |= {"eval_tasks": 16}
 
 
 @pytest.fixture(scope="session")
@@ -1661,7 +1663,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs, whole, monkeypatch, kil
 
 def test_a_run_is_resumed_with_its_own_settings_only(runs):
     run, folder = runs
-    flags = {"name": "own", "groups": 2, "lr": 1e-3}
+    flags = {"name": "own", "groups": 2, "lr": 1e-3, "eval_tasks": 8}
     run(steps=1, **flags)
     with pytest.raises(aem.UsageError, match="--lam, --lr"):
         run(steps=2, resume="auto", **flags | {"lr": 2e-3, "lam": 0.5})
@@ -1703,22 +1705,27 @@ def arguments(flags):
 MAIN = "import sys, aem; sys.argv = ['aem.py', *sys.argv[1:]]; aem.main()"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_its_step(runs, whole, number, code):
+def test_a_signal_ends_the_run_after_its_step(runs, whole):
     run, folder = runs
-    flags = WHOLE | {"name": f"signal{code}"}
-    process = python(MAIN, *arguments(run_flags(folder) | flags))
-    metrics = folder / flags["name"] / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in errors
-    assert "--resume auto" in errors
-    assert 2 <= len(folder_rows(folder / flags["name"])) < 8
-    run(**flags)
-    check_same_run(whole, folder / flags["name"])
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        flags = WHOLE | {"name": f"signal{number}"}
+        processes[number] = python(MAIN, *arguments(run_flags(folder) | flags))
+    for number, process in processes.items():
+        interrupted = folder / f"signal{number}"
+        metrics = interrupted / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(number)
+    for number, process in processes.items():
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in errors
+        assert "--resume auto" in errors
+        interrupted = folder / f"signal{number}"
+        assert 2 <= len(folder_rows(interrupted)) < 8
+        run(**WHOLE, name=interrupted.name)
+        check_same_run(whole, interrupted)
 
 
 SLEEPING = """
@@ -1903,7 +1910,7 @@ def test_metrics_are_sent_to_wandb(runs, monkeypatch):
 
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
     run, _ = runs
-    flags = {"steps": 3, "epochs": 2, "groups": 4}
+    flags = {"steps": 3, "epochs": 2, "groups": 4, "eval_tasks": 8}
     first, second, other = (without_times(run(seed=seed, **flags)) for seed in (3, 3, 4))
     assert first == second and first != other
     assert first[-1]["clip_fraction"] >= 0 and first[-1]["updates"] == 4
@@ -1919,9 +1926,10 @@ def test_every_estimator_runs(runs, estimator):
 
 
 def test_a_step_without_update_is_said(runs, capsys):
-    run, _ = runs
-    limits = {"max_response_tokens": 1, "max_turns": 1}  # nobody can end a word: all fail
-    rows = run(steps=1, groups=1, group_size=2, eval_tasks=8, **limits)
+    run, folder = runs
+    flags = {"steps": 1, "groups": 1, "group_size": 2, "eval_tasks": 8}
+    flags |= {"max_response_tokens": 1, "max_turns": 1}  # nobody can end a word: all fail
+    rows = run(model=echo_model(folder), **flags)
     assert rows[1]["updates"] == 0 and "step 1: no update" in "".join(capsys.readouterr())
 
 
@@ -2155,43 +2163,29 @@ def test_the_table_of_memory_is_what_its_script_prints():
     assert "\n".join(experiment("memory").table()) in documents()
 
 
-STUDY = """
-import sys
-sys.path.insert(0, "experiments")
-import replicate
-if __name__ == "__main__":
-    folder = replicate.Path(sys.argv[1])
-    replicate.RESULTS = folder
-    replicate.QUICK = {"steps": 2, "eval_every": 2, "eval_tasks": 16, "warm_steps": 20}
-    replicate.QUICK |= {"groups": 2, "group_size": 4, "cache_dir": f"{folder}/cache"}
-    replicate.QUICK |= {"max_turns": 3, "max_response_tokens": 6}
+def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    replicate = experiment("replicate")
+    quick = {"steps": 2, "eval_every": 2, "eval_tasks": 16, "warm_steps": 20, "groups": 2}
+    quick |= {"group_size": 4, "max_turns": 3, "max_response_tokens": 6}
+    monkeypatch.setattr(replicate, "RESULTS", tmp_path)
+    monkeypatch.setattr(replicate, "QUICK", quick | {"cache_dir": str(tmp_path / "cache")})
+    monkeypatch.setattr(replicate, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    file = tmp_path / "runs.jsonl"
     replicate.quick(2)
-    lines = (folder / "runs.jsonl").read_text().splitlines()
-    (folder / "first.jsonl").write_text("\\n".join(lines))
-    (folder / "runs.jsonl").write_text("\\n".join(lines[:3]) + "\\n")
+    first = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in first[:3]))
     replicate.quick(2)
-    flags = replicate.setting("household", "grpo + AEM", lr=1e-3) | replicate.QUICK
-    replicate.mechanism(flags, states=9, samples=3, updates=1)
-"""
-
-
-def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path):
-    (tmp_path / "study.py").write_text(STUDY)  # a file: its workers import it again
-    code = f"import runpy; runpy.run_path({str(tmp_path / 'study.py')!r}, run_name='__main__')"
-    process = python(code, tmp_path)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
-    assert printed.count("| grpo | 0.0007, 0.0007 | 2 |") == 2
-    first, again = (
-        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("first", "runs")
-    )
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert capsys.readouterr().out.count("| grpo | 0.0007, 0.0007 | 2 |") == 2
     pairs = sorted((line["flags"]["aem"], line["seed"]) for line in first)
     assert pairs == [(False, 1), (False, 2), (True, 1), (True, 2)]
     assert all(len(line["curves"]["success"]) == 3 and line["ended"] == "" for line in first)
     assert again[:3] == first[:3]
     for name in ("flags", "seed", "after", "curves"):
         assert again[3][name] == first[3][name]
+    flags = replicate.setting("household", "grpo + AEM", lr=1e-3) | replicate.QUICK
+    replicate.mechanism(flags, states=9, samples=3, updates=1)
     for when in ("start", "middle", "end"):
         found = json.loads((tmp_path / f"mechanism-{when}.json").read_text())
         assert len(found["states"]["advantage"]) == 9
@@ -2210,11 +2204,12 @@ def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch
     assert len(figures) == 6 and all(name in documents() for name in figures)
 
 
-def test_a_run_of_the_study_that_ends_early_stays_where_it_was(tmp_path, monkeypatch):
+def test_a_run_of_the_study_that_ends_early_stays_where_it_was(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     change_row(monkeypatch, "dapo", overlong=0.0)
     flags = run_flags(tmp_path) | {"env": "test_aem:Alike", "estimator": "dapo", "max_resample": 1}
     flags |= {"steps": 3, "eval_every": 3, "eval_tasks": 16, "groups": 2, "group_size": 4}
+    flags["model"] = echo_model(runs[1])
     del flags["out"]
     line = experiment("replicate").run(flags, 1)
     assert "--max_resample" in line["ended"]
