@@ -1,10 +1,11 @@
-"""Tests of aem.py and envs.py: numbers derived by hand, slow obvious twins of every fast path, a tiny run that must learn.
+"""Tests of aem.py, in its order: numbers by hand, slow obvious twins, a run that must learn.
 
-    pytest -q          # offline, on a CPU, about four minutes
+pytest -q          # offline, on a CPU, about four minutes
 """
 
 import contextlib
 import copy
+import dataclasses
 import doctest
 import functools
 import importlib.util
@@ -18,50 +19,26 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
+import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aem
 import envs
 
-CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content | trim }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-LLAMA3 = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
-
-{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
-
-{% endif %}"""
-GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
-{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}
-{{ m.content | trim }}<end_of_turn>
-{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
-{% endif %}"""
-QWEN3 = """{% set ns = namespace(last=0) %}{% for m in messages if m.role == 'user' %}{% set ns.last = loop.length %}{% endfor %}\
-{% set ns.seen = 0 %}{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'user' %}{% set ns.seen = ns.seen + 1 %}{% endif %}\
-{% if m.role == 'assistant' and '</think>' in m.content and ns.seen < ns.last %}{{ m.content.split('</think>')[-1].lstrip() }}\
-{% else %}{{ m.content }}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""  # drops the reasoning of earlier turns
-FAMILIES = {  # template, end of turn, end of text
-    "qwen2": (CHATML, "<|im_end|>", "<|endoftext|>"),
-    "qwen3": (QWEN3, "<|im_end|>", "<|im_end|>"),
-    "llama3": (LLAMA3, "<|eot_id|>", "<|end_of_text|>"),
-    "gemma": (GEMMA, "<end_of_turn>", "<eos>"),
-}
+HERE = Path(__file__).parent
 
 
 class Echo:
-    """The task names a word; saying it solves the task. Three turns; a wrong word is answered at some length."""
+    """The task names a word; saying it solves the task. A wrong word is answered at some length."""
 
     words = ["red", "green", "blue", "black"]
 
@@ -69,7 +46,9 @@ class Echo:
         self.limit = limit
 
     def reset(self, *, seed=None):
-        self.word, self.turns = random.Random(seed).choice(self.words), 0
+        self.seed = seed
+        self.turns = 0
+        self.word = random.Random(seed).choice(self.words)
         return f"Say {self.word}.", {"task_type": self.word}
 
     def step(self, text):
@@ -80,8 +59,10 @@ class Echo:
         return answer, 10.0 * success, success, self.turns >= self.limit and not success, info
 
     def demonstration(self, seed, noise):
-        observation, rng, turns = self.reset(seed=seed)[0], random.Random(f"words {seed}"), []
-        for _ in range(self.limit):  # words at random: what to say is left to learn
+        """Words at random: what to say is left to learn."""
+        rng = random.Random(f"words {seed}")
+        observation, turns = self.reset(seed=seed)[0], []
+        for _ in range(self.limit):
             turns.append((observation, rng.choice(self.words)))
             observation = self.step(turns[-1][1])[0]
         return turns
@@ -91,7 +72,6 @@ class Crashing(Echo):
     """Crashes at its second step in odd tasks, and on opening every seventh."""
 
     def reset(self, *, seed=None):
-        self.seed = seed
         if seed % 7 == 0:
             raise OSError("no such task")
         return super().reset(seed=seed)
@@ -102,45 +82,194 @@ class Crashing(Echo):
         return super().step(text)
 
 
+class Broken(Echo):
+    """In odd tasks an Echo; in even ones it answers rubbish, a kind each; in task 99 it hangs."""
+
+    rubbish = [None, 3.5, ("No.",), (None, 0.0, False, False, {}), (b"No.", 0.0, False, False, {})]
+    rubbish += [("No.", "much", False, False, {}), ("No.", 0.0, False, False, None)]
+    rubbish += [("No.", math.nan, False, False, {}), ("No.", math.inf, True, False, {})]
+    rubbish += [("\ud800", 0.0, False, False, {})]
+
+    def step(self, text):
+        if self.seed == 99:
+            time.sleep(5)
+        return super().step(text) if self.seed % 2 else self.rubbish[self.seed // 2]
+
+
+class Lottery(Echo):
+    """One turn. In odd tasks every second agent wins, in even ones all do or none."""
+
+    def __init__(self, lucky):
+        self.lucky = lucky
+
+    def step(self, text):
+        won = self.lucky if self.seed % 2 else self.seed % 4 == 2
+        return "Over.", 10.0 * won, True, False, {"success": won}
+
+
+class Alike(Echo):
+    """No rewards: no group ever varies."""
+
+    def step(self, text):
+        answer, _, *rest = super().step(text)
+        return answer, 0.0, *rest
+
+
+class Unmakeable(Echo):
+    def __init__(self):
+        raise RuntimeError("the server is down")
+
+
+class NoDemonstrations(Echo):
+    demonstration = property()
+
+
+TINY = {"device": "cpu", "groups": 4, "group_size": 4, "max_turns": 3, "max_response_tokens": 6}
+
+
 def config(**changes):
-    cfg = aem.Config(**{"device": "cpu", "groups": 4, "group_size": 4, "max_turns": 3, "max_response_tokens": 6} | changes)
+    cfg = aem.Config(**TINY | changes)
     cfg.check()
     return cfg
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A policy that has hardly begun to learn: its responses have all lengths, and some run into the limit."""
-    return aem.Policy(*envs.embedded_policy(envs.Household(), 30, 0.2, batch=10))
+def play(policy, environment, seeds, group_size, cfg, stream="test"):
+    """A rollout, each trajectory in an environment of its own."""
+    environments = [environment() for _ in range(len(seeds) * group_size)]
+    return aem.rollout(policy, environments, seeds, group_size, cfg, stream)
 
 
-@pytest.fixture(scope="module")
-def played(tiny):
-    """A batch of trajectories with credit assigned; rewards are random, so that advantages vary."""
-    cfg = config()
-    trajectories = aem.rollout(tiny, [envs.Household(3) for _ in range(16)], [1, 2, 3, 4], 4, cfg, "test")
-    rng = random.Random(0)
-    for t in trajectories:
-        t.reward = rng.choice([0.0, 10.0])
-    aem.assign_credit(trajectories, cfg)
-    aem.modulate(trajectories, cfg, 1)
-    return trajectories
+def clone(policy, noise=0.0, double=False, **options):
+    """A copy of a policy, its weights moved by some noise."""
+    model = copy.deepcopy(policy.model)
+    if double:
+        model.double()
+    generator = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        p.data += noise * torch.randn(p.shape, generator=generator)
+    return aem.Policy(model, policy.tokenizer, **options)
+
+
+def change_row(monkeypatch, estimator, **changes):
+    row = dataclasses.replace(aem.ESTIMATORS[estimator], **changes)
+    monkeypatch.setitem(aem.ESTIMATORS, estimator, row)
+
+
+def credit(trajectories, cfg, step=1):
+    """As in `train_step`: alpha, and A_AEM = alpha A."""
+    advantages = aem.assign_credit(trajectories, cfg).tolist()
+    alphas = aem.modulate(trajectories, cfg, step).tolist()
+    for r, advantage, alpha in zip(aem.responses_of(trajectories), advantages, alphas, strict=True):
+        r.alpha = alpha
+        r.advantage = alpha * advantage
+
+
+def old_logps(trajectories):
+    return [x for r in aem.responses_of(trajectories) for x in r.logp]
+
+
+def gradient_of(policy):
+    grads = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    policy.model.zero_grad()
+    return flat
 
 
 def gradients(policy, trajectories, cfg):
     policy.model.zero_grad()
     sums = aem.accumulate_gradients(policy, trajectories, cfg)
-    grads = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
-    policy.model.zero_grad()
-    return sums, grads
+    return sums, gradient_of(policy)
 
 
-# ---------------------------------------------------------------- the method
+def sampled(t):
+    """(response, position, old log-prob) of each sampled token of a trajectory."""
+    return [(r, r.start + i, old) for r in t.responses for i, old in enumerate(r.logp)]
 
 
+def dense_logps(policy, t):
+    """Log-probs (n,) of a trajectory's sampled tokens by one whole forward, alone and unpadded."""
+    logits = policy.model(torch.tensor([t.ids])).logits[0] / policy.temperature
+    logps = logits.log_softmax(-1)  # (T, V)
+    return torch.stack([logps[at - 1, t.ids[at]] for _, at, _ in sampled(t)])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A policy that has hardly begun: its responses have all lengths, some run into the limit."""
+    return aem.Policy(*envs.embedded_policy(envs.Household(), 30, 0.2, batch=10))
+
+
+@pytest.fixture(scope="session")
+def played_once(tiny):
+    trajectories = play(tiny, lambda: envs.Household(3), [1, 2, 3, 4], 4, config())
+    rng = random.Random(0)
+    for t in trajectories:
+        t.reward = rng.choice([0.0, 10.0])
+    credit(trajectories, config())
+    return trajectories
+
+
+@pytest.fixture
+def played(played_once):
+    """A batch with credit assigned; rewards are random, so that advantages vary."""
+    return copy.deepcopy(played_once)
+
+
+@pytest.fixture(scope="session")
+def mixed_once(tiny):
+    trajectories = play(tiny, lambda: envs.Household(3), [1, 2, 3], 6, config(), "mixed")
+    rng = random.Random(1)
+    for t in trajectories:
+        for r in t.responses:
+            r.reward = rng.choice([0.0, -0.1])
+        t.responses[-1].reward += rng.choice([0.0, 10.0])
+        t.reward = sum(r.reward for r in t.responses)
+        t.penalty = rng.choice([0.0, 0.5])
+        t.truncated = rng.random() < 0.4
+    trajectories[4].error = "boom"
+    return trajectories
+
+
+@pytest.fixture
+def mixed(mixed_once):
+    """What estimators look at: rewards per turn, penalties, limits, equal observations, a crash."""
+    return copy.deepcopy(mixed_once)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Trains on Echo: a function of the flags that change, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(**changes):
+        return aem.train(aem.Config(**run_flags(folder) | changes))
+
+    return run, folder
+
+
+def run_flags(folder):
+    flags = {"env": "test_aem:Echo", "out": str(folder), "cache_dir": f"{folder}/cache"}
+    flags |= {"warm_steps": 30, "steps": 40, "lr": 3e-3, "eval_every": 20, "eval_tasks": 64}
+    return TINY | flags | {"groups": 8, "group_size": 8}
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
+
+
+def python(code, *arguments, **options):
+    """A process of its own that runs `code` where this file can be imported."""
+    path = os.pathsep.join([str(HERE), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=HERE, env=environment, **pipes | options)
+
+
+# ------------------------------------------------------------------------------ 1. the method
 def test_docstring_examples_run():
     result = doctest.testmod(aem)
-    assert result.attempted >= 3 and not result.failed
+    assert result.attempted >= 4 and not result.failed
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e30])
@@ -153,7 +282,8 @@ def test_token_stats_equals_float64_brute_force(scale):
     slow_entropy = -torch.where(p > 0, p * torch.log(p), 0.0).sum(-1)
     slow_logp = torch.log_softmax(logits.double(), -1).gather(-1, ids[..., None])[..., 0]
     logp, entropy = aem.token_stats(logits, ids)
-    assert logp.dtype == entropy.dtype == torch.float32 and logp.shape == entropy.shape == (7, 5)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert logp.shape == entropy.shape == (7, 5)
     assert torch.allclose(entropy.double(), slow_entropy, atol=1e-5)
     assert torch.allclose(logp.double(), slow_logp, rtol=1e-5, atol=1e-5)
     assert (entropy >= 0).all() and (entropy <= math.log(10) + 1e-5).all()
@@ -163,204 +293,224 @@ def test_token_stats_edges():
     logits = torch.full((3, 4), -math.inf)
     logits[:, 1] = 5.0  # one possible token
     logp, entropy = aem.token_stats(logits, torch.tensor([1, 0, 1]))
-    assert logp.tolist() == [0.0, -math.inf, 0.0] and entropy.tolist() == [0.0] * 3
-    assert aem.token_stats(torch.randn(6, 9).bfloat16(), torch.zeros(6, dtype=torch.long))[1].dtype == torch.float32
+    assert logp.tolist() == [0.0, -math.inf, 0.0]
+    assert entropy.tolist() == [0.0] * 3
+    half = torch.randn(6, 9).bfloat16()
+    assert aem.token_stats(half, torch.zeros(6).long())[1].dtype == torch.float32
     x = torch.randn(5, 8, requires_grad=True)
-    aem.token_stats(x, torch.arange(5))[0].sum().backward()
-    assert torch.allclose(x.grad, torch.eye(5, 8) - x.softmax(-1).detach(), atol=1e-6)  # d log p_y / d z = 1[y] - p
+    logp, entropy = aem.token_stats(x, torch.arange(5))
+    logp.sum().backward()
+    assert torch.allclose(x.grad, torch.eye(5, 8) - x.softmax(-1).detach(), atol=1e-6)
+    assert not entropy.requires_grad
+    far = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 1e5  # far from zero
+    p = torch.softmax(far.double(), -1)
+    entropy = aem.token_stats(far, p.argmax(-1))[1]
+    assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5)
 
 
-def test_token_stats_keeps_its_precision_far_from_zero():
-    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 1e5
-    p = torch.softmax(logits.double(), -1)
-    assert torch.allclose(aem.token_stats(logits, p.argmax(-1))[1].double(), -(p * p.log()).sum(-1), atol=1e-5)
-
-
-def slow_alpha(entropy, group, lam, min_range):
+def slow_alpha(h_bar, group, lam=1.0, min_range=0.1):
     alpha = []
-    for h, g in zip(entropy, group):
-        members = [x for x, other in zip(entropy, group) if other == g]
+    for h, g in zip(h_bar, group):
+        members = [x for x, other in zip(h_bar, group) if other == g]
         low, high = min(members), max(members)
         if high - low < min_range or high == low:
             alpha.append(1.0)
         else:
             weights = [math.exp(-lam * (x - low) / (high - low)) for x in members]
-            alpha.append(math.exp(-lam * (h - low) / (high - low)) / (sum(weights) / len(weights)))
+            own = math.exp(-lam * (h - low) / (high - low))
+            alpha.append(own / (sum(weights) / len(weights)))
     return alpha
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 2.0])
 def test_alpha_equals_a_slow_loop_and_has_its_properties(lam):
     generator = torch.Generator().manual_seed(1)
-    entropy = torch.rand(200, generator=generator, dtype=torch.float64) * 2
+    h_bar = torch.rand(200, generator=generator, dtype=torch.float64) * 2
     group = torch.randint(-3, 20, (200,), generator=generator)
-    alpha = aem.aem_coefficients(entropy, group, lam)
-    assert torch.allclose(alpha, torch.tensor(slow_alpha(entropy.tolist(), group.tolist(), lam, 0.1), dtype=torch.float64))
+    alpha = aem.aem_coefficients(h_bar, group, lam)
+    slow = slow_alpha(h_bar.tolist(), group.tolist(), lam)
+    assert alpha.tolist() == pytest.approx(slow, abs=1e-9)
     for g in group.unique():
-        a, h = alpha[group == g], entropy[group == g]
+        a = alpha[group == g]
         assert abs(a.mean() - 1) < 1e-9  # self-calibrating
         assert a.max() / a.min() <= math.exp(lam) + 1e-9
-        order = h.argsort()
+        order = h_bar[group == g].argsort()
         assert lam == 0 or (a[order].diff() < 0).all()  # order-reversing
     assert (alpha > 0).all()  # the sign of A is kept
-    for same in (entropy + 3, entropy * 7):  # shift and scale of H_bar do not matter
+    for same in (h_bar + 3, h_bar * 7):  # shift and scale of H_bar do not matter
         assert torch.allclose(aem.aem_coefficients(same, group, lam), alpha)
-    shuffled = torch.randperm(200, generator=generator)
-    assert torch.allclose(aem.aem_coefficients(entropy[shuffled], group[shuffled], lam), alpha[shuffled])
+    order = torch.randperm(200, generator=generator)
+    assert torch.allclose(aem.aem_coefficients(h_bar[order], group[order], lam), alpha[order])
 
 
 def test_alpha_edges():
-    group = torch.zeros(3, dtype=torch.long)
-    assert aem.aem_coefficients(torch.tensor([0.50, 0.55, 0.59]), group).tolist() == [1.0] * 3  # below the gate
-    assert aem.aem_coefficients(torch.tensor([0.50, 0.55, 0.59]), group, min_range=0.05).max() > 1
-    assert aem.aem_coefficients(torch.tensor([0.5]), group[:1], min_range=0.0).tolist() == [1.0]
-    assert aem.aem_coefficients(torch.tensor([0.5] * 3), group, min_range=0.0).tolist() == [1.0] * 3
-    assert aem.aem_coefficients(torch.tensor([0.1, 2.0, 0.3]), group, lam=0.0).tolist() == [1.0] * 3
-    assert aem.aem_coefficients(torch.zeros(0), group[:0]).shape == (0,)
-    alpha = aem.aem_coefficients(torch.tensor([0.0, 1.0]), group[:2])  # by hand: 1 and 1/e, over their mean
-    assert alpha.tolist() == pytest.approx([2 / (1 + 1 / math.e), 2 / (1 + math.e)], abs=1e-6)
-    advantage = torch.tensor([1.0, -1.0])
-    assert abs((alpha * advantage).sum()) > 0.5  # the sum over a group is not preserved
+    def alpha(*h_bar, **options):
+        return aem.aem_coefficients(torch.tensor(h_bar), torch.zeros(len(h_bar)), **options)
+
+    assert alpha(0.50, 0.55, 0.59).tolist() == [1.0] * 3  # below the gate
+    assert alpha(0.50, 0.55, 0.59, min_range=0.05).max() > 1
+    assert alpha(0.5, min_range=0.0).tolist() == [1.0]
+    assert alpha(0.5, 0.5, 0.5, min_range=0.0).tolist() == [1.0] * 3
+    assert alpha(0.1, 2.0, 0.3, lam=0.0).tolist() == [1.0] * 3
+    assert alpha().shape == (0,)
+    by_hand = [2 / (1 + 1 / math.e), 2 / (1 + math.e)]  # 1 and 1/e, over their mean
+    assert alpha(0.0, 1.0).tolist() == pytest.approx(by_hand, abs=1e-6)
+    moved = alpha(0.0, 1.0) * torch.tensor([1.0, -1.0])
+    assert abs(moved.sum()) > 0.5  # the sum of advantages over a group is not preserved
 
 
 def test_alpha_minimises_its_variational_form():
     h = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
     weight = aem.aem_coefficients(h, torch.zeros(4), lam=1.7) / 4
 
-    def objective(w):
-        return (w * h).sum() + (w * (w * 4).log()).sum() / 1.7  # sum_i w_i H~_i + KL(w || uniform) / lambda
+    def objective(w):  # sum_i w_i H~_i + KL(w || uniform) / lambda
+        return (w * h).sum() + (w * (w * 4).log()).sum() / 1.7
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        other = torch.softmax(weight.log() + 0.1 * torch.randn(4, generator=generator, dtype=torch.float64), 0)
-        assert objective(weight) <= objective(other)
+        noise = 0.1 * torch.randn(4, generator=generator, dtype=torch.float64)
+        assert objective(weight) <= objective(torch.softmax(weight.log() + noise, 0))
 
 
-def test_grpo_golden_numbers():
-    rewards, group = torch.tensor([1.0, 0, 0, 0, 0, 10, 10, 10]), torch.tensor([5, 5, 5, 5, 2, 2, 2, 2])
-    expected = [1.499997, -0.499999, -0.499999, -0.499999, -1.5, 0.5, 0.5, 0.5]
-    assert aem.group_advantages(rewards, group).tolist() == pytest.approx(expected, abs=1e-6)
-    # a two-turn win against a ten-turn loss: statistics run over trajectories, turns do not enter
-    ragged = aem.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
-    assert ragged.tolist() == pytest.approx([0.707106, -0.707106], abs=2e-6)
-    assert aem.group_advantages(torch.tensor([5.0, 0.0, 1.0]), torch.tensor([1, 0, 0]))[0] == 0  # nothing to compare with
+def test_ablations_of_alpha():
+    h_bar = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = torch.arange(60) % 5
+    normal = aem.aem_coefficients(h_bar, group)
+    reverse = aem.aem_coefficients(h_bar, group, direction="reverse")
+    slow = slow_alpha((-h_bar).tolist(), group.tolist())  # H~ -> 1 - H~ turns the order round
+    assert reverse.tolist() == pytest.approx(slow, abs=1e-12)
+
+    def shuffle(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return aem.aem_coefficients(h_bar, group, direction="shuffle", generator=generator)
+
+    assert torch.equal(shuffle(0), shuffle(0)) and not torch.equal(shuffle(0), shuffle(1))
+    for g in range(5):
+        alphas = shuffle(0)[group == g]
+        assert torch.allclose(alphas.sort().values, normal[group == g].sort().values)
+        assert not torch.allclose(alphas, normal[group == g])
+
+
+ADVANTAGES = ["standardised", "centred", "leave-one-out"]
 
 
 def test_golden_numbers_of_every_advantage():
-    golden = {"standardised": (1.499997, -0.499999), "centred": (0.75, -0.25), "leave-one-out": (1, -1 / 3)}
-    for advantage, (winner, loser) in golden.items():
-        result = aem.group_advantages(torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.zeros(4), advantage)
-        assert result.tolist() == pytest.approx([loser, winner, loser, loser], abs=1e-6)
+    golden = {"standardised": (1.499997, -0.499999), "centred": (0.75, -0.25)}
+    golden["leave-one-out"] = (1, -1 / 3)
+    for kind, (winner, loser) in golden.items():
+        found = aem.group_advantages(torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.zeros(4), kind)
+        assert found.tolist() == pytest.approx([loser, winner, loser, loser], abs=1e-6)
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 10, 10, 10])
+    found = aem.group_advantages(rewards, torch.tensor([5, 5, 5, 5, 2, 2, 2, 2]))
+    expected = [1.499997, -0.499999, -0.499999, -0.499999, -1.5, 0.5, 0.5, 0.5]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    # a two-turn win against a ten-turn loss: statistics run over trajectories, turns do not enter
+    pair = aem.group_advantages(torch.tensor([1.0, 0.0]), torch.zeros(2))
+    assert pair.tolist() == pytest.approx([0.707106, -0.707106], abs=2e-6)
+    alone = aem.group_advantages(torch.tensor([5.0, 0.0, 1.0]), torch.tensor([1, 0, 0]))
+    assert alone[0] == 0  # nothing to compare with
 
 
-def slow_advantage(rewards, name):
+def slow_advantage(rewards, kind):
     mean = sum(rewards) / len(rewards)
     if max(rewards) == min(rewards):
         return [0.0] * len(rewards)
-    if name == "standardised":
+    if kind == "standardised":
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
         return [(r - mean) / (std + 1e-6) for r in rewards]
-    if name == "centred":
+    if kind == "centred":
         return [r - mean for r in rewards]
-    return [r - (sum(rewards) - r) / (len(rewards) - 1) for r in rewards]  # against the mean of the others
+    return [r - (sum(rewards) - r) / (len(rewards) - 1) for r in rewards]  # the mean of the others
 
 
-@pytest.mark.parametrize("advantage", list(aem.ADVANTAGES))
-def test_advantages_equal_a_slow_loop(advantage):
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_advantages_equal_a_slow_loop(kind):
     rng = random.Random(0)
-    rewards, group = [rng.choice([0.0, -0.1, 9.8, 10.0]) for _ in range(200)], [rng.randrange(-9, 30) for _ in range(200)]
-    fast = aem.group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(group), advantage)
-    for g in set(group):
-        members = [i for i in range(200) if group[i] == g]
-        assert fast[members].tolist() == pytest.approx(slow_advantage([rewards[i] for i in members], advantage), abs=1e-9)
+    rewards = torch.tensor([rng.choice([0.0, -0.1, 9.8, 10.0]) for _ in range(200)]).double()
+    group = torch.tensor([rng.randrange(-9, 30) for _ in range(200)])
+    fast = aem.group_advantages(rewards, group, kind)
+    for g in group.unique():
+        slow = slow_advantage(rewards[group == g].tolist(), kind)
+        assert fast[group == g].tolist() == pytest.approx(slow, abs=1e-9)
 
 
-@pytest.mark.parametrize("advantage", list(aem.ADVANTAGES))
-def test_equal_rewards_give_exactly_zero(advantage):
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_equal_rewards_give_exactly_zero(kind):
     for reward in (0.0, 0.1, 0.7, 9.9, 1e6):
         for size in range(2, 65):
             for dtype in (torch.float32, torch.float64):
                 rewards = torch.full((size,), reward, dtype=dtype)
-                result = aem.group_advantages(rewards, torch.zeros(size, dtype=torch.long), advantage)
-                assert (result == 0).all(), (reward, size)
+                found = aem.group_advantages(rewards, torch.zeros(size), kind)
+                assert (found == 0).all(), (reward, size)
+    for rewards in (
+        [0.1 + 0.2, 0.3],
+        [10 - 0.1 - 0.1 - 0.1, 9.7],
+        [1e6, 1e6 + 1e-6],
+    ):  # but for rounding
+        rewards = torch.tensor(rewards, dtype=torch.float64)
+        assert rewards[0] != rewards[1] and not aem.vary(rewards)
+        assert (aem.group_advantages(rewards, torch.zeros(2), kind) == 0).all()
+    small = torch.tensor([0.0, 1e-6], dtype=torch.float64)
+    assert (aem.group_advantages(small, torch.zeros(2), kind) != 0).all()
 
 
 def test_clipped_loss_by_hand():
-    old = torch.zeros(6)
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 1.1])
     advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
-    loss, clipped = aem.clipped_loss(ratio.log(), old, advantage, 0.2, 0.2)
+    loss, clipped = aem.clipped_loss(ratio.log(), torch.zeros(6), advantage, 0.2, 0.2)
     assert loss.tolist() == pytest.approx([-2.0, -2.4, -1.0, 3.0, 1.6, 2.2], abs=1e-5)
     assert clipped.tolist() == [False, True, False, False, True, False]
-    loss, _ = aem.clipped_loss(ratio.log(), old, advantage, 0.2, 0.28)
+    loss, _ = aem.clipped_loss(ratio.log(), torch.zeros(6), advantage, 0.2, 0.28)
     assert loss[1].item() == pytest.approx(-2.56, abs=1e-5)
+
+
+SPECIFIED = {  # advantage, mean of the loss, clip low, clip high, one ratio per sequence
+    "grpo": ("standardised", "trajectory", 0.2, 0.2, False),
+    "dr_grpo": ("centred", "constant", 0.2, 0.2, False),
+    "rloo": ("leave-one-out", "token", 0.2, 0.2, False),
+    "dapo": ("standardised", "token", 0.2, 0.28, False),
+    "gspo": ("standardised", "trajectory", 3e-4, 4e-4, True),
+    "grpo++": ("leave-one-out", "constant", 0.2, 0.28, False),
+    "gigpo": ("standardised", "token", 0.2, 0.2, False),
+}
 
 
 def test_the_table_of_estimators_is_as_specified():
     columns = ("advantage", "loss_mean", "clip_low", "clip_high", "sequence_ratio")
-    expected = {
-        "grpo": ("standardised", "trajectory", 0.2, 0.2, False),
-        "dr_grpo": ("centred", "constant", 0.2, 0.2, False),
-        "rloo": ("leave-one-out", "token", 0.2, 0.2, False),
-        "dapo": ("standardised", "token", 0.2, 0.28, False),
-        "gspo": ("standardised", "trajectory", 3e-4, 4e-4, True),
-        "grpo++": ("leave-one-out", "constant", 0.2, 0.28, False),
-        "gigpo": ("standardised", "token", 0.2, 0.2, False),
-    }
-    assert {name: tuple(row[c] for c in columns) for name, row in aem.ESTIMATORS.items()} == expected
-    owners = {"max_resample": "dapo", "overlong": "dapo", "compact_filtering": "grpo++", "step_weight": "gigpo"}
-    for feature, owner in owners.items():
-        assert [name for name, row in aem.ESTIMATORS.items() if row[feature]] == [owner]
+    rows = aem.ESTIMATORS.items()
+    assert {name: tuple(getattr(row, c) for c in columns) for name, row in rows} == SPECIFIED
+    owners = {"dynamic_sampling": "dapo", "overlong": "dapo", "compact_filtering": "grpo++"}
+    for feature, owner in (owners | {"step_weight": "gigpo"}).items():
+        assert [name for name, row in rows if getattr(row, feature)] == [owner]
+    assert aem.ESTIMATORS["dapo"].overlong == 0.2 and config().kl_coef == 0
+    assert (aem.ESTIMATORS["gigpo"].step_weight, aem.ESTIMATORS["gigpo"].gamma) == (1.0, 0.95)
 
 
-def test_flags_override_a_row():
-    cfg = config(estimator="dapo")
-    assert (cfg.clip_low, cfg.clip_high, cfg.loss_mean, cfg.kl_coef) == (0.2, 0.28, "token", 0)
-    cfg = config(estimator="dapo", clip_high=0.5, max_resample=0, loss_mean="constant", sequence_ratio=True)
-    assert (cfg.clip_low, cfg.clip_high, cfg.max_resample) == (0.2, 0.5, 0)
-    assert cfg.loss_mean == "constant" and cfg.sequence_ratio
-    assert config(clip_low=0.0).clip_low == 0.0  # zero is a value, not a default
-    assert aem.ESTIMATORS["dapo"]["clip_high"] == 0.28
-
-
-def test_ablations_of_alpha():
-    generator = torch.Generator().manual_seed(0)
-    entropy, group = torch.rand(60, generator=generator, dtype=torch.float64), torch.arange(60) % 5
-    normal = aem.aem_coefficients(entropy, group)
-    slow = slow_alpha([-h for h in entropy.tolist()], group.tolist(), 1.0, 0.1)  # H~ -> 1 - H~ turns the order round
-    assert aem.aem_coefficients(entropy, group, direction="reverse").tolist() == pytest.approx(slow, abs=1e-12)
-    shuffled = [
-        aem.aem_coefficients(entropy, group, direction="shuffle", generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
-    ]
-    assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
-    for g in range(5):
-        assert torch.allclose(shuffled[0][group == g].sort().values, normal[group == g].sort().values)
-        assert not torch.allclose(shuffled[0][group == g], normal[group == g])
-
-
-# ---------------------------------------------------------------- the theory
+# the theory: how entropy moves
 
 
 def distributions(count):
-    """Logits of random distributions over 2..9 responses; of every three one is flat, one peaked, one nearly deterministic."""
+    """Logits of random distributions over 2..9 responses, with advantages; a third has one peak."""
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         size = int(torch.randint(2, 10, (1,), generator=generator))
-        logits = torch.randn(size, generator=generator, dtype=torch.float64) * [0.3, 2.0, 1.0][i % 3]
-        logits[0] += [0.0, 0.0, 9.0][i % 3]
+        logits = torch.randn(size, generator=generator, dtype=torch.float64)
+        logits *= (0.3, 2.0, 1.0)[i % 3]
+        logits[0] += (0.0, 0.0, 9.0)[i % 3]
         yield logits, torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 def change_of_entropy(logits, direction):
-    """Derivative of the entropy along a direction in logits, by central differences of fourth order."""
+    """Derivative of the entropy along a direction, by central differences of fourth order."""
 
     def entropy(z):
-        p = (z - z.max()).exp() / (z - z.max()).exp().sum()
+        p = z.softmax(0)
         return -(p * p.log()).sum()
 
-    step = 1e-3 / direction.abs().max()
-    near, far = ((entropy(logits + k * step * direction) - entropy(logits - k * step * direction)) / k for k in (1, 2))
-    return (4 * near - far) / (6 * step)
+    step = 1e-3 / direction.abs().max() * direction
+    near = entropy(logits + step) - entropy(logits - step)
+    far = (entropy(logits + 2 * step) - entropy(logits - 2 * step)) / 2
+    return (4 * near - far) / 6 * direction.abs().max() / 1e-3
 
 
 def test_entropy_drift_is_that_of_a_natural_gradient_step():
@@ -368,17 +518,18 @@ def test_entropy_drift_is_that_of_a_natural_gradient_step():
     for logits, advantages in distributions(150):
         p = logits.softmax(0)
         peaks += bool(p.max() > 0.99)
-        fisher_inverse = torch.linalg.pinv(torch.diag(p) - torch.outer(p, p), atol=1e-12, rtol=0.0, hermitian=True)
+        fisher = torch.diag(p) - torch.outer(p, p)
+        inverse = torch.linalg.pinv(fisher, atol=1e-12, rtol=0.0, hermitian=True)
         scores = torch.eye(len(p), dtype=torch.float64) - p  # row a: grad log pi(a) = e_a - p
         drift, expected = aem.entropy_drift(logits, advantages)
         for a in range(len(p)):
-            measured = change_of_entropy(logits, fisher_inverse @ scores[a] * advantages[a])
+            measured = change_of_entropy(logits, inverse @ scores[a] * advantages[a])
             assert measured == pytest.approx(drift[a].item(), rel=1e-5), (logits, a)
         centred = advantages - (p * advantages).sum()
-        measured = change_of_entropy(logits, fisher_inverse @ (scores.T @ (p * centred)))
-        assert measured == pytest.approx(aem.entropy_drift(logits, centred)[1].item(), rel=1e-5)
+        measured = change_of_entropy(logits, inverse @ (scores.T @ (p * centred)))
         with_baseline = aem.entropy_drift(logits, centred)[1].item()
-        assert expected == pytest.approx(with_baseline, abs=1e-12)  # no baseline matters: E[S - H] = 0
+        assert measured == pytest.approx(with_baseline, rel=1e-5)
+        assert expected == pytest.approx(with_baseline, abs=1e-12)  # as E[S - H] = 0
     assert peaks > 30
 
 
@@ -386,25 +537,32 @@ def test_entropy_drift_has_the_signs_of_the_table():
     seen = set()
     for logits, advantages in distributions(150):
         p = logits.softmax(0)
-        entropy, surprisal = -(p * p.log()).sum(), -p.log()
+        entropy = -(p * p.log()).sum()
         drift, _ = aem.entropy_drift(logits, advantages)
-        for s, a, change in zip(surprisal, advantages, drift):
-            surprising, good = bool(s > entropy), bool(a > 0)
-            assert bool(change > 0) == (surprising == good)  # rises: surprising successes and typical failures
+        for surprisal, advantage, change in zip(-p.log(), advantages, drift):
+            surprising, good = bool(surprisal > entropy), bool(advantage > 0)
+            assert bool(change > 0) == (surprising == good)
             seen.add((surprising, good))
     assert len(seen) == 4
 
 
 def all_responses(table, limit):
-    """Every response of a bigram model of `table` (V, V), token 0 ending it: [(probability, surprisal, sum of H_tok)]."""
-    found, open_ends = [], [(torch.tensor(1.0, dtype=torch.float64), 0.0, 0.0, 1, 0)]  # all begin after token 1
-    while open_ends:
-        p, surprisal, entropies, last, length = open_ends.pop()
+    """Every response of a bigram model of `table` (V, V) that begins after token 1; 0 ends one.
+
+    Returns: probabilities, surprisals, and sums of H_tok.
+    """
+    complete = []
+    growing = [(torch.tensor(1.0, dtype=torch.float64), 0.0, 0.0, 1, 0)]
+    while growing:
+        p, surprisal, entropies, last, length = growing.pop()
         for token in range(len(table)):
             logp, entropy = aem.token_stats(table[last], torch.tensor(token))
-            after = (p * logp.exp(), surprisal - logp, entropies + entropy)
-            (found if token == 0 or length + 1 == limit else open_ends).append((*after, token, length + 1))
-    return torch.stack([torch.stack(f[:3]) for f in found]).T
+            sums = (p * logp.exp(), surprisal - logp, entropies + entropy)
+            if token == 0 or length + 1 == limit:
+                complete.append(torch.stack(sums))
+            else:
+                growing.append((*sums, token, length + 1))
+    return torch.stack(complete).T
 
 
 def test_response_entropy_is_the_expected_sum_of_token_entropies():
@@ -415,252 +573,466 @@ def test_response_entropy_is_the_expected_sum_of_token_entropies():
         assert len(p) == 1 + 3 + 9 + 27 * 4 and p.sum() == pytest.approx(1, abs=1e-12)
         h_resp = (p * surprisal).sum()
         assert (p * entropies).sum() == pytest.approx(h_resp.item(), abs=1e-12)  # the chain rule
-        noise, compensator = ((p * (x - h_resp) ** 2).sum() for x in (surprisal, entropies))
-        assert compensator < noise
+        noise = (p * (surprisal - h_resp) ** 2).sum()
+        assert (p * (entropies - h_resp) ** 2).sum() < noise
 
 
-def test_relative_surprisal_equals_the_exact_one(tiny, played):
-    relative_surprisal = experiment("diagnose").relative_surprisal
-    size = len(tiny.tokenizer)
-    policy = aem.Policy(Bigram(size), tiny.tokenizer)
-    policy.model.table.weight.data *= torch.rand(size, 1, generator=torch.Generator().manual_seed(0)) * 8  # sure in some states
-    p = policy.model.table.weight.detach().double().softmax(-1)
-    token_entropy, goes_on = -(p * p.log()).sum(-1), p.clone()  # (V,) and (V, V)
-    goes_on[:, policy.end] = 0
-    states = [(t, copy.copy(r)) for t in played[:6] for r in t.responses]
-    for i, (_, r) in enumerate(states):  # any position will do as a state
-        r.start -= i
-    last, exact = [t.ids[r.start - 1] for t, r in states], torch.zeros(size, dtype=torch.float64)
-    assert max(token_entropy[last]) > 2 * min(token_entropy[last])
-    for limit, tolerance in ((1, 1e-5), (2, 0.1), (3, 0.1)):  # of one token, H_resp is its entropy, without noise
-        exact, cfg = token_entropy + goes_on @ exact, config(max_response_tokens=limit)
-        relative, h_resp = relative_surprisal(policy, states, 300, cfg)
-        assert h_resp.tolist() == pytest.approx(exact[last].tolist(), rel=tolerance)
-        assert relative.tolist() == pytest.approx([-sum(r.logp) - h for (_, r), h in zip(states, h_resp.tolist())], abs=1e-5)
-    assert torch.equal(relative, relative_surprisal(policy, states, 300, cfg)[0])  # the same seed, the same answer
-    assert not torch.equal(relative, relative_surprisal(policy, states, 300, cfg, seed=1)[0])
+# ------------------------------------------------------------------------------ 2. settings
+def test_what_is_none_or_auto_is_settled():
+    assert config().env_timeout == 0 and config(env="test_aem:Echo").env_timeout == 60
+    assert config(env_timeout=2.0).env_timeout == 2
+    cfg = aem.Config(out="~/x")
+    cfg.check()
+    assert (cfg.device, cfg.dtype, cfg.out) == ("cpu", "float32", os.path.expanduser("~/x"))
+    assert config(device="meta").dtype == "bfloat16"
+    limits = config(max_turns=None, max_response_tokens=None)
+    aem.make_environments(limits)
+    assert (limits.max_turns, limits.max_response_tokens) == (12, 16)  # Household's
 
 
-# ---------------------------------------------------------------- rollout
+# ------------------------------------------------------------------------------ 3. the policy
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN3 = (  # drops the reasoning of earlier turns
+    "{% set ns = namespace(last=0) %}{% for m in messages if m.role == 'user' %}"
+    "{% set ns.last = loop.length %}{% endfor %}{% set ns.seen = 0 %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{% set ns.seen = ns.seen + 1 %}{% endif %}"
+    "{% if m.role == 'assistant' and '</think>' in m.content and ns.seen < ns.last %}"
+    "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = {  # template, end of turn, end of text
+    "qwen2": (CHATML, "<|im_end|>", "<|endoftext|>"),
+    "qwen3": (QWEN3, "<|im_end|>", "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot_id|>", "<|end_of_text|>"),
+    "gemma": (GEMMA, "<end_of_turn>", "<eos>"),
+    "embedded": (envs.TEMPLATE, "<|end|>", "<|end|>"),
+}
 
 
-def random_model(family, vocabulary, end):
-    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, initializer_range=0.3, attention_dropout=0.5)
-    config = {
-        "qwen2": lambda: transformers.Qwen2Config(**shape),
-        "qwen3": lambda: transformers.Qwen3Config(head_dim=8, **shape),
-        "llama": lambda: transformers.LlamaConfig(**shape),
-        "qwen2, eager attention": lambda: transformers.Qwen2Config(**shape, attn_implementation="eager"),
-    }[family]()
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.get_output_embeddings().weight.data[end] *= 4  # so that it is sampled now and then
-    return model
+@functools.cache
+def family_policy(family):
+    """A byte-level BPE tokenizer with a family's special tokens and template, and a tiny model."""
+    template, end, eos = FAMILIES[family]
+    special = {*re.findall(r"<\|?\w+\|?>", template), end, eos, "<bos>"} - {"<think>"}
+    texts = [" ".join(turn) for i in range(200) for turn in envs.Household().demonstration(i, 0.3)]
+    options = {"new_special_tokens": sorted(special), "show_progress": False}
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 600, **options)
+    tokenizer.eos_token = eos
+    tokenizer.bos_token = "<bos>"
+    tokenizer.chat_template = template
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    return aem.Policy(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)), tokenizer)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen2, eager attention"])
-def test_cached_rollout_equals_a_full_forward(family, tiny):
-    policy = aem.Policy(random_model(family, len(tiny.tokenizer), tiny.end), tiny.tokenizer, temperature=0.7)
-    cfg = config(max_turns=6, max_response_tokens=7)
-    trajectories = aem.rollout(policy, [Echo(6) for _ in range(8)], [1, 2], 4, cfg, family)
-    assert len({len(t.ids) for t in trajectories}) > 3  # ragged
-    for t in trajectories:
-        with torch.no_grad():
-            logits = policy.model(torch.tensor([t.ids])).logits[0] / 0.7  # (T, V): fresh, alone, without a cache
-        for r in t.responses:
-            end = r.start + len(r.logp)
-            logp, entropy = aem.token_stats(logits[r.start - 1 : end - 1], torch.tensor(t.ids[r.start : end]))
-            assert torch.allclose(logp, torch.tensor(r.logp), atol=1e-4)
-            assert torch.allclose(entropy, torch.tensor(r.entropy), atol=1e-4)
-    policy.model.train()  # the update's path: padded, in training mode, where dropout would show
-    old = torch.tensor([x for t in trajectories for r in t.responses for x in r.logp])
-    assert torch.allclose(aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories)), old, atol=1e-4)
+def conversations(family, count):
+    """Random conversations: (system prompt, messages, which responses the token limit cut off)."""
+    rng = random.Random(family)
+    words = "go to drawer mug\n You see: ähm 17 , . <b> {x} look".split(" ")
+
+    def text(most):
+        return " ".join(rng.choices(words, k=rng.randint(1, most)))
+
+    for _ in range(count):
+        messages = [{"role": "user", "content": text(6).strip()}]
+        cut = []
+        for _ in range(rng.randint(1, 4)):
+            response = text(5).strip()
+            if family == "qwen3" and rng.random() < 0.5:
+                response = f"<think>\n{text(4)}\n</think>\n\n{response}"
+            messages.append({"role": "assistant", "content": response})
+            messages.append({"role": "user", "content": text(5).strip()})
+            cut.append(rng.random() < 0.3)
+        yield rng.choice(["", "You are a robot."]), messages, cut
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_appended_ids_equal_the_whole_conversation_rendered(family):
+    policy = family_policy(family)
+    tokenizer = policy.tokenizer
+    assert tokenizer.decode([policy.end]) == FAMILIES[family][1]
+    assert policy.ends == {policy.end, tokenizer.eos_token_id}
+    with_thoughts = 0
+    for system, messages, cut in conversations(family, 200):
+        ids = policy.opening_ids(system, messages[0]["content"])
+        for i, was_cut in enumerate(cut):
+            before = list(ids)
+            ids += policy.encode(messages[2 * i + 1]["content"])
+            if not was_cut:
+                ids.append(policy.end)
+            ids += policy.observation_ids(messages[2 * i + 2]["content"], not was_cut)
+            assert ids[: len(before)] == before  # what was there stays
+        whole = messages
+        if system and family == "gemma":  # no system role: its text comes before the task
+            first = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
+            whole = [first, *messages[1:]]
+        elif system:
+            whole = [{"role": "system", "content": system}, *messages]
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = tokenizer.apply_chat_template(whole, **options)
+        if any("</think>" in m["content"] for m in messages):  # rewritten: the trajectory keeps it
+            with_thoughts += 1
+            assert "</think>" not in text and "</think>" in tokenizer.decode(ids)
+            keeping = CHATML.replace(" | trim", "")
+            text = tokenizer.apply_chat_template(whole, chat_template=keeping, **options)
+        assert tokenizer.decode(ids) == text
+        # whatever a response's last token and the template's first text might merge to
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert (with_thoughts > 20) == (family == "qwen3")
+
+
+def test_an_observation_cannot_open_or_end_a_turn(tiny):
+    special = {i for i, token in tiny.tokenizer.added_tokens_decoder.items() if token.special}
+    plain = "You see a fridge."
+    hostile = "You <|end|>see<|assistant|> a <|e<|end|>nd|>fridge.<|user|>"
+
+    def markers(text):
+        appended = [tiny.observation_ids(text, ended) for ended in (True, False)]
+        return [[i for i in ids if i in special] for ids in (tiny.opening_ids("", text), *appended)]
+
+    assert markers(plain) == markers(hostile)
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5}
 
 
 def test_a_model_that_a_cached_rollout_would_get_wrong_is_refused(tiny, tmp_path):
-    shape = dict(vocab_size=len(tiny.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, initializer_range=0.5, tie_word_embeddings=True)
+    shape = SHAPE | {"vocab_size": len(tiny.tokenizer), "tie_word_embeddings": True}
+    window = {"head_dim": 8, "sliding_window": 64}
+    capped = {"head_dim": 8, "final_logit_softcapping": 0.5}
+    kinds = {"layer_types": ["conv", "full_attention"]}
     made = {
         "fine": (transformers.GraniteConfig(**shape), None),
         "scaled": (transformers.GraniteConfig(**shape, logits_scaling=8.0), "its probabilities"),
-        "short": (transformers.MistralConfig(**shape, sliding_window=64), "only the last 64 tokens"),
+        "short": (transformers.MistralConfig(**shape, sliding_window=64), "last 64 tokens"),
         "long": (transformers.MistralConfig(**shape, sliding_window=4096), None),
-        "mixed": (transformers.Gemma3TextConfig(**shape, head_dim=8, sliding_window=64), "only the last 64 tokens"),
-        "softly capped": (transformers.Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5), "its probabilities"),
-        "hybrid": (transformers.Lfm2Config(**shape, layer_types=["conv", "full_attention"]), "no plain decoder"),
+        "mixed": (transformers.Gemma3TextConfig(**shape, **window), "last 64 tokens"),
+        "capped": (transformers.Gemma2Config(**shape, **capped), "its probabilities"),
+        "hybrid": (transformers.Lfm2Config(**shape, **kinds), "cannot use --model"),
     }
     for name, (settings, message) in made.items():
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / name)
         tiny.tokenizer.save_pretrained(tmp_path / name)
-        with pytest.raises(aem.UsageError, match=message) if message else contextlib.nullcontext():
+        refused = contextlib.nullcontext()
+        if message:
+            refused = pytest.raises(aem.UsageError, match=message)
+        with refused:
             aem.load_policy(config(), str(tmp_path / name))
 
 
-def test_a_trajectory_does_not_depend_on_its_batch(tiny):
-    cfg, seeds = config(max_turns=4), [1, 2, 3]
-    together = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "x")
-    fewer = aem.rollout(tiny, [envs.Household(4) for _ in range(2)], seeds[:1], 2, cfg, "x")
-    assert [t.ids for t in fewer] == [t.ids for t in together[:2]]
-    for stream in "abcdefgh":
-        batch = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, stream)
-        assert aem.rollout(tiny, [envs.Household(4)], seeds[:1], 1, cfg, stream)[0].ids == batch[0].ids
-    assert together[0].ids != together[1].ids
-    little = config(max_turns=4, micro_batch_tokens=60)  # prompts go in one by one, a token each all at once
-    in_parts = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, little, "x")
-    assert [t.ids for t in in_parts] == [t.ids for t in together] and len(together[0].ids) > 60
-    other = aem.rollout(tiny, [envs.Household(4) for _ in range(6)], seeds, 2, cfg, "y")
-    assert [t.ids for t in other] != [t.ids for t in together]
+def random_policy(family, tiny, **options):
+    """A model of a family with random weights, that ends its responses now and then."""
+    shape = SHAPE | {"vocab_size": len(tiny.tokenizer), "num_hidden_layers": 3}
+    shape |= {"initializer_range": 0.3, "attention_dropout": 0.5}
+    settings = {
+        "qwen2": transformers.Qwen2Config(**shape),
+        "qwen3": transformers.Qwen3Config(head_dim=8, **shape),
+        "llama": transformers.LlamaConfig(**shape),
+        "eager attention": transformers.Qwen2Config(**shape, attn_implementation="eager"),
+        "doge": transformers.DogeConfig(**shape, hidden_dropout=0.5),
+    }[family]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    model.get_output_embeddings().weight.data[tiny.end] *= 4
+    return aem.Policy(model, tiny.tokenizer, **options)
 
 
-def test_nobody_waits_for_the_longest_response(tiny, monkeypatch):
-    policy, worked = aem.Policy(random_model("qwen2", len(tiny.tokenizer), tiny.end), tiny.tokenizer), []
-    policy.ends = {tiny.end, *range(20, 20 + len(tiny.tokenizer) // 10)}  # of geometric lengths, up to the limit
-    plain = aem.next_logits
-    monkeypatch.setattr(aem, "next_logits", lambda p, c, rows, t: (worked.append(len(rows)), plain(p, c, rows, t))[1])
-    cfg = config(max_turns=6, max_response_tokens=40)
-    together = aem.rollout(policy, [Echo(6) for _ in range(32)], range(32), 1, cfg, "skewed")
-    lengths = [[len(r.logp) for r in t.responses] for t in together]
-    assert {len(row) for row in lengths} == {6} and max(map(max, lengths)) == 40 and min(map(min, lengths)) == 1
-    used, in_step = sum(map(sum, lengths)), 32 * sum(max(turn) for turn in zip(*lengths))
-    assert used <= sum(worked) < 1.5 * used < in_step / 2
-    apart = [aem.rollout(policy, [Echo(6)], [seed], 1, cfg, "skewed")[0] for seed in range(1)]  # batches of one, ...
-    for slots in (5, 32):  # ... of five, and in another order of work: the same ids for the same random numbers
-        apart += aem.rollout(policy, [Echo(6) for _ in range(slots)], range(slots), 1, cfg, "skewed")
-    for alone, t in zip(apart, [together[0], *together[:5], *together]):
-        assert alone.ids == t.ids and [r.start for r in alone.responses] == [r.start for r in t.responses]
+class OwnDropout(torch.nn.Dropout):
+    pass
 
 
-def test_a_compiled_model_computes_the_same(tiny, played, monkeypatch, tmp_path):
-    for part in (tiny.model, tiny.tokenizer):
+class Noisy(torch.nn.Module):
+    """Dropout in three ways round a module of a layer."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.dropout = OwnDropout(0.5)
+
+    def forward(self, x):
+        x = torch.nn.functional.dropout(self.module(x), 0.5, self.training)
+        return self.dropout(x)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "eager attention", "doge"])  # doge: in its layers
+def test_no_dropout_parts_rollout_and_update(family, tiny):
+    policy = random_policy(family, tiny)
+    for layer in policy.body.layers:
+        layer.mlp = Noisy(layer.mlp)
+    policy = aem.Policy(policy.model.train(), tiny.tokenizer)
+    trajectories = play(policy, Echo, [1, 2], 4, config(), "dropout")
+    now = aem.sampled_logps(policy, trajectories).tolist()
+    assert now == pytest.approx(old_logps(trajectories), abs=1e-4)
+    for r in aem.responses_of(trajectories):
+        r.advantage = 1.0
+    _, plain = gradients(policy, trajectories, config())
+    aem.checkpoint_layers(policy.model)  # as on a GPU
+    optimizer = torch.optim.SGD(policy.weights, lr=0.0)
+    metrics = aem.update(policy, optimizer, trajectories, config(), 1)
+    assert metrics["logp_gap"] < 1e-4 and metrics["updates"] == 2
+    assert torch.allclose(gradients(policy, trajectories, config())[1], plain, atol=1e-6)
+
+
+def test_activations_are_recomputed_in_updates_only(tiny, played):
+    policy = clone(tiny)
+    aem.checkpoint_layers(policy.model)
+    forwards = Counter()
+    layer = policy.body.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *args: forwards.update(["mlp"]))
+    optimizer = torch.optim.SGD(policy.weights, lr=0.0)
+    aem.update(policy, optimizer, played, config(minibatches=1), 1)
+    assert forwards["mlp"] == 2  # of one micro-batch: forward, and again in backward
+    batches = [play(p, Echo, [1, 2], 2, config()) for p in (policy, tiny)]  # with its cache
+    assert [t.ids for t in batches[0]] == [t.ids for t in batches[1]]
+    assert not any(module.training for module in policy.model.modules())
+
+
+class CastCounter(TorchDispatchMode):
+    """Counts how often each tensor is cast to another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.casts = Counter()
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.casts[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_a_rollout_rounds_each_weight_to_bfloat16_once(tiny):
+    policy = clone(tiny, dtype="bfloat16")
+    weights = {p.data_ptr() for p in policy.weights if p.dim() == 2}
+    stored = set()
+
+    def look(module, args, kwargs, output):
+        stored.update(x.dtype for pair in kwargs["past_key_values"].layers for x in pair)
+
+    policy.body.register_forward_hook(look, with_kwargs=True)
+    with CastCounter() as counter:
+        trajectories = play(policy, Echo, [1, 2], 2, config())
+    assert max(len(r.logp) for t in trajectories for r in t.responses) > 2
+    found = [counter.casts[w] for w in weights]
+    assert max(found) == 1 and sum(found) > len(found) / 2
+    assert stored == {torch.bfloat16}  # the cache holds what attention reads
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
+def test_bfloat16_computes_from_fp32_weights_and_stays_close(tiny, played, estimator, monkeypatch):
+    change_row(monkeypatch, estimator, clip_low=0.9, clip_high=9.0)
+    cfg = config(estimator=estimator, kl_coef=0.1)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        policy = clone(tiny, dtype=dtype)
+        aem.record_logps(clone(tiny, dtype=dtype), played, cfg, "reference")
+        _, found[dtype] = gradients(policy, played, cfg)
+        assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+        assert found[dtype].dtype == torch.float32
+        rolled = play(policy, Echo, range(4), 4, config(), "bf16")
+        old = torch.tensor(old_logps(rolled))
+        gap = (aem.sampled_logps(policy, rolled) - old).abs().mean()  # the same rounded weights
+        rounding = (aem.sampled_logps(tiny, rolled) - old).abs().mean()
+        assert gap < 1e-5 if dtype == "float32" else gap < 0.3 * rounding < 0.01
+    difference = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
+    assert 1e-4 < difference < 0.1
+
+
+def test_a_compiled_model_computes_the_same(monkeypatch, tmp_path):
+    for part in (family_policy("qwen2").model, family_policy("qwen2").tokenizer):
         part.save_pretrained(tmp_path)
-    graphs, plain = [], torch.nn.Module.compile
+    graphs = []
 
-    def traced(graph, inputs):  # what the compiler gets; as it is slow and needs a C++ compiler, it stays away
+    def backend(graph, inputs):  # in place of a compiler, which is slow and needs C++
         graphs.append(len(inputs))
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend=traced, **options))
+    uncompiled = torch.nn.Module.compile
+    replaced = functools.partialmethod(uncompiled, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", replaced)
     torch.compiler.reset()
-    cfg = config(compile=True, lr=0.0)
-    compiled, policy = aem.load_policy(cfg, tmp_path), aem.load_policy(config(), tmp_path)
-    for limit, rows in ((3, 6), (4, 4)):
-        cfg.max_turns = limit
-        batches = [aem.rollout(p, [Echo(limit) for _ in range(rows)], range(rows), 1, cfg, "c") for p in (compiled, policy)]
-        for fast, slow in zip(*batches):
-            assert fast.ids == slow.ids
-            old, new = ([x for r in t.responses for x in r.logp] for t in (slow, fast))
-            assert new == pytest.approx(old, abs=1e-5)
-        if limit == 3:
-            first = len(graphs)
-    assert 0 < first < 12 and len(graphs) < first + 6  # other batches and lengths: (nearly) the same graphs
-    compiled.model.train(), policy.model.train()
-    (sums, fast), (expected, slow) = gradients(compiled, played, config()), gradients(policy, played, config())
-    assert sums["loss"] == pytest.approx(expected["loss"], abs=1e-6) and torch.allclose(fast, slow, atol=1e-6)
-    assert len(graphs) > first
+    cfg = config(compile=True)
+    policies = aem.load_policy(cfg, tmp_path), aem.load_policy(config(), tmp_path)
+    counts = []
+    for limit, count in ((3, 6), (4, 4)):
+        cfg = config(max_turns=limit)
+        fast, slow = (play(p, lambda n=limit: Echo(n), range(count), 1, cfg) for p in policies)
+        assert [t.ids for t in fast] == [t.ids for t in slow]
+        assert old_logps(fast) == pytest.approx(old_logps(slow), abs=1e-5)
+        counts.append(len(graphs))
+    assert 0 < counts[0] < 12 and counts[1] < counts[0] + 6  # other sizes: (nearly) the same graphs
+    for r in aem.responses_of(slow):
+        r.advantage = 1.0
+    (sums, fast), (expected, slow) = (gradients(p, slow, config()) for p in policies)
+    assert sums["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert torch.allclose(fast, slow, atol=1e-6) and len(graphs) > counts[1]
     torch.compiler.reset()
 
 
-def test_responses_cover_exactly_the_sampled_tokens(tiny, played):
-    cut = ended = 0
-    for t in played:
-        ids = tiny.opening(envs.Household.instructions, t.prompt)
-        for i, r in enumerate(t.responses):  # prompt + response + observation + ..., nothing else, nothing encoded twice
+def test_the_warm_start_is_reused_and_its_key_covers_its_flags(tmp_path):
+    def folder(**changes):
+        flags = {"env": "test_aem:Echo", "cache_dir": str(tmp_path), "warm_steps": 2}
+        return aem.warm_start(Echo(), config(**flags | changes))
+
+    first = folder()
+    times = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    assert folder(seed=9) == first
+    assert times == {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    others = [{"warm_steps": 3}, {"warm_noise": 0.1}, {"max_turns": 2}]
+    assert len({first, *(folder(**flags) for flags in others)}) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+# ------------------------------------------------------------------------------ 4. rollout
+class Uneven(Echo):
+    """Every third task is long, and over after its first turn: the longest rows leave first."""
+
+    def reset(self, *, seed=None):
+        observation, info = super().reset(seed=seed)
+        self.limit = 1 if seed % 3 == 0 else 5
+        return observation + " Try again." * (60 if seed % 3 == 0 else seed), info
+
+
+def check_against_full_forwards(policy, trajectories):
+    """Recorded log-probs and entropies, held against a forward of each trajectory alone."""
+    for t in trajectories:
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([t.ids])).logits[0] / policy.temperature
+        for r in t.responses:
+            span = slice(r.start, r.start + len(r.logp))
+            before = slice(r.start - 1, r.start + len(r.logp) - 1)
+            logp, entropy = aem.token_stats(logits[before], torch.tensor(t.ids[span]))
+            assert r.logp == pytest.approx(logp.tolist(), abs=1e-4)
+            assert r.entropy == pytest.approx(entropy.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "eager attention"])
+def test_cached_rollout_and_padded_update_equal_a_full_forward(family, tiny):
+    policy = random_policy(family, tiny, temperature=0.7)
+    cfg = config(max_turns=6, max_response_tokens=7)
+    trajectories = play(policy, lambda: Echo(6), [1, 2], 4, cfg, family)
+    uneven = play(policy, Uneven, range(9), 1, cfg, family)
+    lengths = [len(t.ids) for t in uneven]
+    assert min(lengths[::3]) > 64 + max(lengths[1::3] + lengths[2::3])  # they need less capacity
+    assert {len(t.responses) for t in uneven[::3]} == {1} < {len(t.responses) for t in uneven}
+    trajectories += uneven
+    assert len({len(t.ids) for t in trajectories}) > 6  # ragged
+    check_against_full_forwards(policy, trajectories)
+    now = aem.sampled_logps(policy, trajectories).tolist()
+    assert now == pytest.approx(old_logps(trajectories), abs=1e-4)
+
+
+def test_a_trajectory_does_not_depend_on_its_batch(tiny):
+    cfg = config(max_turns=4)
+    seeds = [1, 2, 3]
+
+    def ids(seeds, size=2, cfg=cfg, stream="x"):
+        return [t.ids for t in play(tiny, lambda: envs.Household(4), seeds, size, cfg, stream)]
+
+    together = ids(seeds)
+    assert ids(seeds[:1]) == together[:2]
+    assert together[0] != together[1] and ids(seeds, stream="y") != together
+    for stream in "abcd":
+        assert ids(seeds[:1], 1, stream=stream)[0] == ids(seeds, stream=stream)[0]
+    little = config(max_turns=4, micro_batch_tokens=60)  # prompts go in by parts
+    assert ids(seeds, cfg=little) == together and len(together[0]) > 60
+
+
+def test_a_rollout_has_few_shapes(tiny):
+    policy = clone(tiny)
+    shapes = set()
+
+    def look(module, args, kwargs):
+        shapes.add(kwargs["attention_mask"].shape[2:])
+
+    policy.body.register_forward_pre_hook(look, with_kwargs=True)
+    cfg = config(max_turns=12, max_response_tokens=16)  # the default run's
+    trajectories = play(policy, envs.Household, range(16), 1, cfg)
+    assert max(len(t.ids) for t in trajectories) > 128
+    assert len([shape for shape in shapes if shape[0] == 1]) <= 8, shapes
+
+
+def test_the_cache_grows_without_losing_anything():
+    torch.manual_seed(0)
+    cache = aem.SlotCache()
+    whole = torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
+    for start, end in ((0, 5), (5, 6), (6, 200), (200, 201), (201, 700)):
+        cache.prepare(torch.arange(start, end).expand(2, -1), end)
+        keys, values = cache.update(*whole[:, :, :, start:end], 0)
+        assert torch.equal(keys[:, :, :end], whole[0, :, :, :end])
+        assert torch.equal(values[:, :, :end], whole[1, :, :, :end])
+
+
+class MemoryMeter(TorchDispatchMode):
+    """The most bytes that the results of operations, and the `given` tensors, held at once."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.alive = [weakref.ref(x) for x in given]
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.alive.append(weakref.ref(result))
+        storages = {}
+        for reference in self.alive:
+            tensor = reference()
+            if tensor is not None:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+def test_dropping_rows_never_holds_two_caches():
+    cache = aem.SlotCache()
+    cache.prepare(torch.arange(5).expand(8, -1), 5)
+    for layer in range(10):
+        cache.update(torch.randn(8, 2, 5, 4), torch.randn(8, 2, 5, 4), layer)
+    stored = [x for pair in cache.layers for x in pair]
+    whole = sum(x.nbytes for x in stored)
+    meter = MemoryMeter(stored)
+    del stored
+    with meter:
+        cache.keep([0, 1, 2, 3, 4, 5, 6])
+    assert 0 < meter.peak <= whole * 1.1 and len(cache.layers[0][0]) == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_cover_exactly_the_sampled_tokens(family, tiny):
+    policy = tiny if family == "embedded" else family_policy(family)
+    outcomes = Counter()
+    for t in play(policy, lambda: envs.Household(3), [1, 2, 3, 4], 4, config()):
+        ids = policy.opening_ids(envs.Household.instructions, t.prompt)
+        for r in t.responses:  # prompt + response + observation + ..., and nothing else
             assert r.start == len(ids) and len(r.logp) == len(r.entropy) > 0
             response = t.ids[r.start : r.start + len(r.logp)]
-            assert tiny.end not in response[:-1]  # it ends a response, and counts as part of it
-            done = response[-1] == tiny.end
-            cut, ended = cut + (not done), ended + done
-            ids = ids + response + (tiny.answer(r.observation, done) if i + 1 < len(t.responses) else [])
-            assert tiny.tokenizer.decode(response, skip_special_tokens=True) == r.text
+            assert not policy.ends & set(response[:-1])  # the end is a part of the response
+            assert policy.tokenizer.decode(response, skip_special_tokens=True) == r.text
+            ended = response[-1] == policy.end
+            outcomes[ended] += 1
+            ids += response
+            if r is not t.responses[-1]:
+                ids += policy.observation_ids(r.observation, ended)
+                if not ended:  # cut off: the template ends the turn
+                    assert ids[len(response) + r.start] == policy.end
         assert ids == t.ids
-    assert cut > 3 and ended > 3
-
-
-def test_appended_ids_equal_the_whole_conversation_rendered_by_the_embedded_template(tiny):
-    rng, words = random.Random(0), ["go", "to", "drawer", "mug", "You", "see"]
-    for ended in (True, False) * 20:
-        messages = [{"role": "user", "content": " ".join(rng.choices(words, k=4))}]
-        ids = tiny.opening("", messages[0]["content"])
-        for _ in range(rng.randint(1, 4)):
-            response, observation = " ".join(rng.choices(words, k=2)), " ".join(rng.choices(words, k=5)) + "."
-            messages += [{"role": "assistant", "content": response}, {"role": "user", "content": observation}]
-            ids = ids + tiny.encode(response) + [tiny.end] * ended + tiny.answer(observation, ended)
-        text = tiny.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert ids == tiny.tokenizer(text, add_special_tokens=False).input_ids
-
-
-@functools.cache
-def family_tokenizer(family):
-    """A byte-level BPE tokenizer with a family's special tokens, end of text and chat template."""
-    template, end, eos = FAMILIES[family]
-    special = sorted({*re.findall(r"<\|?\w+\|?>", template), end, eos, "<bos>"} - {"<think>"})
-    texts = [" ".join(turn) for i in range(200) for turn in envs.Household().demonstration(i, 0.3)]
-    options = {"new_special_tokens": special, "show_progress": False}
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 600, **options)
-    tokenizer.eos_token, tokenizer.bos_token, tokenizer.chat_template = eos, "<bos>", template
-    return tokenizer
-
-
-def conversations(family, count):
-    """A policy, and random conversations: (system prompt, list of messages, which responses the token limit cut off)."""
-    tokenizer = family_tokenizer(family)
-    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    policy = aem.Policy(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=len(tokenizer), **shape)), tokenizer)
-    rng, words = random.Random(family), "go to drawer mug\n You see: ähm 17 , . <b> {x} look".split(" ")
-    text = lambda most: " ".join(rng.choices(words, k=rng.randint(1, most)))  # noqa: E731
-    for _ in range(count):
-        messages, cut = [{"role": "user", "content": text(6).strip()}], []
-        for _ in range(rng.randint(1, 4)):
-            thought = f"<think>\n{text(4)}\n</think>\n\n" * (family == "qwen3" and rng.random() < 0.5)
-            messages += [{"role": "assistant", "content": thought + text(5).strip()}]
-            messages += [{"role": "user", "content": text(5).strip()}]
-            cut.append(rng.random() < 0.3)
-        yield policy, rng.choice(["", "You are a robot."]), messages, cut
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_appended_ids_equal_the_whole_conversation_rendered(family):
-    rewritten = 0
-    for policy, system, messages, cut in conversations(family, 200):
-        tokenizer, end = policy.tokenizer, FAMILIES[family][1]
-        assert tokenizer.decode([policy.end]) == end and policy.ends == {policy.end, tokenizer.eos_token_id}
-        ids, kept = policy.opening(system, messages[0]["content"]), []
-        for i, was_cut in enumerate(cut):
-            response = policy.encode(messages[2 * i + 1]["content"])
-            kept += [ids + response]
-            ids = ids + response + [policy.end] * (not was_cut) + policy.answer(messages[2 * i + 2]["content"], not was_cut)
-        assert all(ids[: len(part)] == part for part in kept)  # what was there stays
-        whole = [{"role": "system", "content": system}] * bool(system) + messages
-        if family == "gemma" and system:  # no system role: its text comes before the task
-            whole = [{"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
-        text = tokenizer.apply_chat_template(whole, add_generation_prompt=True, tokenize=False)
-        history = any("</think>" in m["content"] for m in messages)
-        rewritten += history
-        if history:  # the template drops it, the trajectory keeps it
-            plain = CHATML.replace(" | trim", "")
-            assert "</think>" not in text and "</think>" in tokenizer.decode(ids)
-            text = tokenizer.apply_chat_template(whole, chat_template=plain, add_generation_prompt=True, tokenize=False)
-        assert tokenizer.decode(ids) == text
-        # whatever the response's last token and the template's first text might merge to, the ids are those of the whole text
-        assert ids == tokenizer(text, add_special_tokens=False).input_ids
-    assert (rewritten > 20) == (family == "qwen3")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_act_for_many_turns(family):
-    policy = next(conversations(family, 1))[0]
-    cfg = config(max_turns=4)
-    for t in aem.rollout(policy, [Echo(4) for _ in range(8)], [1, 2], 4, cfg, family):
-        at = 0
-        for r in t.responses:
-            sampled = t.ids[r.start : r.start + len(r.logp)]
-            assert r.start > at and not {policy.end, policy.tokenizer.eos_token_id} & set(sampled[:-1])
-            after = t.ids[r.start + len(r.logp) :]
-            if after and sampled[-1] != policy.end:  # cut off: the template closes the turn, masked
-                assert after[0] == policy.end
-            at = r.start + len(r.logp)
+    assert family != "embedded" or min(outcomes[True], outcomes[False]) > 3
 
 
 @pytest.mark.parametrize(
@@ -674,86 +1046,88 @@ def test_families_act_for_many_turns(family):
         ("<action></action>", ""),
     ],
 )
-def test_the_environment_gets_the_action_only(text, action, tiny):
+def test_the_environment_gets_the_action_only(text, action, tiny, monkeypatch):
     assert aem.action_in(text, "action") == action and aem.action_in(text, "") == text
-    cfg, env = config(action_tag="action"), envs.Household()
-    t = aem.Trajectory(0, env, random.Random(0), waits=True)
-    aem.observe(tiny, [t], [5], cfg)
-    t.responses[0].text = text
-    t.ids += [tiny.end]
-    aem.observe(tiny, [t], [5], cfg)
-    assert not t.error and t.invalid == (action.strip() not in env.admissible())
+    heard = []
+
+    def step(self, action):
+        heard.append(action)
+        return "Over.", 0.0, True, False, {}
+
+    monkeypatch.setattr(Echo, "step", step)
+    monkeypatch.setattr(tiny.tokenizer, "decode", lambda *args, **options: text)
+    (t,) = play(tiny, Echo, [5], 1, config(action_tag="action"))
+    assert heard == [action] and t.invalid == (not action.strip())
 
 
 def test_the_system_prompt_says_what_to_do(tiny, monkeypatch):
-    said = []
-    monkeypatch.setattr(tiny, "opening", lambda system, observation: said.append(system) or [1])
-    for flags in ({}, dict(system="Be brief."), dict(system="", action_tag="do")):
-        aem.observe(tiny, [aem.Trajectory(0, envs.Household(), random.Random(0))], [5], config(**flags))
-    assert said[0] == envs.Household.instructions and said[1] == "Be brief." and "<do>" in said[2]
+    prompts = []
+    monkeypatch.setattr(tiny, "opening_ids", lambda system, _: prompts.append(system) or [1])
+    for flags in ({}, {"action_tag": "do"}):
+        play(tiny, envs.Household, [5], 1, config(**flags))
+    instructions = envs.Household.instructions
+    assert prompts[0] == instructions
+    assert prompts[1].startswith(instructions) and "<do>" in prompts[1]
 
 
 def test_sampling_is_the_inverse_cdf():
-    logits = torch.tensor([[math.log(0.2), -math.inf, math.log(0.5), math.log(0.3), -math.inf]])
+    p = [0.2, 0.0, 0.5, 0.3, 0.0]
+    logits = torch.tensor([p]).log()
     points = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
-    assert aem.sample(logits.expand(6, -1), points).tolist() == [0, 0, 2, 2, 3, 3]  # never one of probability 0
+    assert aem.sample(logits.expand(6, -1), points).tolist() == [0, 0, 2, 2, 3, 3]
     assert aem.sample(torch.tensor([[-math.inf, 0.0, 0.0]]), points[:1]).tolist() == [1]
     uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    many = aem.sample(logits.expand(20000, -1), uniform)
-    assert (many.bincount(minlength=5) / 20000).tolist() == pytest.approx([0.2, 0, 0.5, 0.3, 0], abs=0.015)
+    counts = aem.sample(logits.expand(20000, -1), uniform).bincount(minlength=5)
+    assert (counts / 20000).tolist() == pytest.approx(p, abs=0.015)
 
 
 def test_a_crashing_environment_fails_only_its_own_trajectories(tiny):
-    cfg = config()
-    trajectories = aem.rollout(tiny, [Crashing() for _ in range(16)], [2, 3, 4, 7], 4, cfg, "crash")
-    failed = [t.group for t in trajectories if t.error]
-    assert set(failed) == {1, 3} and failed.count(3) == 4
-    assert all("boom" in t.error for t in trajectories if t.group == 1 and t.error)
-    assert all("no such task" in t.error and not t.ids for t in trajectories if t.group == 3)
+    trajectories = play(tiny, Crashing, [2, 3, 4, 7], 4, config(), "crash")
+    failed = [t for t in trajectories if t.error]
+    assert [t.group for t in failed].count(3) == 4 and {t.group for t in failed} == {1, 3}
+    for t in failed:
+        assert t.done and t.reward == 0 and not t.success
+        assert "boom" in t.error if t.group == 1 else "no such task" in t.error and not t.ids
     trajectories[0].reward = 10.0
-    aem.assign_credit(trajectories, cfg)
-    assert all(r.advantage == 0 for t in trajectories if t.error for r in t.responses)
-    optimizer = torch.optim.SGD(tiny.model.parameters(), lr=0.0)
-    assert aem.update(tiny, optimizer, trajectories, cfg, 1)["updates"] >= 1
-
-
-class Broken(Echo):
-    """Answers as its task says: well, or with rubbish of one kind; or it sleeps. A number in front of `reset`'s seeds."""
-
-    rubbish = [None, 3.5, ("No.",), (None, 0.0, False, False, {}), ("No.", "much", False, False, {})]
-    rubbish += [("No.", 0.0, False, False, None), ("\ud800", 0.0, False, False, {})]
-    rubbish += [("No.", math.nan, False, False, {}), ("No.", math.inf, True, False, {}), (b"No.", 0.0, False, False, {})]
-
-    def reset(self, *, seed=None):
-        self.seed = seed
-        return super().reset(seed=seed)
-
-    def step(self, text):
-        if self.seed == 99:
-            time.sleep(5)
-        return super().step(text) if self.seed % 2 else self.rubbish[self.seed // 2]
+    credit(trajectories, config())
+    assert all(r.advantage == 0 for r in aem.responses_of(failed))
+    optimizer = torch.optim.SGD(tiny.weights, lr=0.0)
+    assert aem.update(tiny, optimizer, trajectories, config(), 1)["updates"] >= 1
 
 
 def test_rubbish_fails_only_its_own_trajectory(tiny, tmp_path):
-    for i in range(len(Broken.rubbish)):
-        bad, good = aem.rollout(tiny, [Broken(), Broken()], [2 * i, 1], 1, config(), f"rubbish {i}")
-        assert bad.error and bad.reward == 0 and not bad.success and bad.done, Broken.rubbish[i]
+    for kind, rubbish in enumerate(Broken.rubbish):
+        bad, good = play(tiny, Broken, [2 * kind, 1], 1, config(), f"rubbish {kind}")
+        assert bad.error and bad.reward == 0 and not bad.success and bad.done, rubbish
         assert not good.error and len(good.responses) >= 1
-        aem.record(tmp_path, {"step": 0, "eval_success": 0.0}, [bad, good])
+        aem.record(tmp_path, {"step": 0, "eval_success": 0.0}, [bad, good], config())
 
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_an_environment_that_hangs_is_left_behind(tiny, monkeypatch, parallel):
     monkeypatch.setattr(Broken, "parallel", parallel, raising=False)
-    cfg, worlds, start = config(env="test_aem:Broken", env_timeout=0.3), [Broken() for _ in range(4)], time.perf_counter()
-    before = list(worlds)
-    played = aem.rollout(tiny, worlds, [1, 99, 3, 5], 1, cfg, "hang")
+    cfg = config(env="test_aem:Broken", env_timeout=0.3)
+    before = [Broken() for _ in range(4)]
+    environments = list(before)
+    start = time.perf_counter()
+    trajectories = aem.rollout(tiny, environments, [1, 99, 3, 5], 1, cfg, "hang")
     assert time.perf_counter() - start < 4
-    assert [bool(t.error) for t in played] == [False, True, False, False] and "TimeoutError" in played[1].error
-    assert [old is new for old, new in zip(before, worlds)] == [True, False, True, True]  # the old one still sleeps
-    slow = aem.rollout(tiny, [Broken() for _ in range(4)], [1, 7, 3, 5], 1, cfg, "hang")
-    fast = aem.rollout(tiny, [Broken() for _ in range(4)], [1, 7, 3, 5], 1, config(), "hang")
-    assert [t.ids for t in slow] == [t.ids for t in fast]
+    assert [bool(t.error) for t in trajectories] == [False, True, False, False]
+    assert "TimeoutError" in trajectories[1].error
+    kept = [old is new for old, new in zip(before, environments)]
+    assert kept == [True, False, True, True]  # the old one still sleeps
+    timed, untimed = (play(tiny, Broken, [1, 7, 3, 5], 1, c) for c in (cfg, config()))
+    assert [t.ids for t in timed] == [t.ids for t in untimed]
+
+
+def test_environments_that_hang_together_have_one_deadline(tiny, monkeypatch):
+    monkeypatch.setattr(Broken, "parallel", True, raising=False)
+    cfg = config(env="test_aem:Broken", env_timeout=0.8)
+    start = time.perf_counter()
+    trajectories = play(tiny, Broken, [99, 99, 99, 99, 99, 99, 1, 3, 5, 7, 9, 11], 1, cfg)
+    assert sum("TimeoutError" in t.error for t in trajectories) == 6
+    assert sum(t.error != "" for t in trajectories) == 6
+    assert time.perf_counter() - start < 3  # six timeouts would be 4.8
 
 
 def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
@@ -762,168 +1136,210 @@ def test_a_batch_that_mostly_crashes_stops_the_run(tiny, monkeypatch):
         aem.train_step(tiny, None, [Crashing() for _ in range(16)], config(), 1)
 
 
-def test_one_crash_among_many_stops_nothing_even_in_a_rollout_of_its_own(tiny, monkeypatch):
+def test_one_crash_among_many_stops_nothing(tiny, monkeypatch):
     monkeypatch.setattr(Crashing, "step", Echo.step)
-    monkeypatch.setattr(envs, "HELD_OUT", 3)  # with tasks 3 ... 7: the last is a crash, and the second batch of four
-    played, row = aem.evaluate(tiny, [Crashing() for _ in range(4)], config(groups=2, group_size=2, eval_tasks=5))
-    assert [bool(t.error) for t in played] == [False] * 4 + [True] and row["eval_tasks"] == 5
+    monkeypatch.setattr(envs, "HELD_OUT", 3)  # tasks 3 ... 7, of which the last one crashes
+    cfg = config(groups=2, group_size=2, eval_tasks=5)
+    evaluated, row = aem.evaluate(tiny, [Crashing() for _ in range(4)], cfg)  # a batch of its own
+    assert [bool(t.error) for t in evaluated] == [False] * 4 + [True]
+    assert row["eval_tasks"] == 5
 
 
 def test_trajectories_end_at_the_length_limit(tiny):
     cfg = config(max_turns=50, max_length=90)
-    for t in aem.rollout(tiny, [envs.Household(50) for _ in range(4)], [1, 2], 2, cfg, "long"):
-        assert 1 < len(t.responses) < 50 and len(t.ids) <= 90 and t.done and not t.success
-    t, = aem.rollout(tiny, [envs.Household(50)], [1], 1, config(max_length=10), "no room")
-    assert "raise --max_length" in t.error and not t.responses
+    for t in play(tiny, lambda: envs.Household(50), [1, 2], 2, cfg, "long"):
+        assert 1 < len(t.responses) < 50 and len(t.ids) <= 90
+        assert t.done and t.truncated and not t.success
+    with pytest.raises(aem.UsageError, match="raise --max_length"):
+        aem.train_step(tiny, None, [Echo() for _ in range(16)], config(max_length=10), 1)
 
 
-# ---------------------------------------------------------------- update
+def lottery():
+    return [Lottery(i % 2 == 0) for i in range(16)]  # in each group of four, two are lucky
+
+
+def test_dynamic_sampling_fills_the_batch_with_groups_that_vary(tiny, monkeypatch):
+    change_row(monkeypatch, "dapo", overlong=0.0)
+    cfg = config(estimator="dapo")
+    tasks, streams = [], []
+    rollout = aem.rollout
+
+    def watched(policy, environments, seeds, group_size, cfg, stream):
+        tasks.extend(seeds)
+        streams.append(stream)
+        return rollout(policy, environments, seeds, group_size, cfg, stream)
+
+    monkeypatch.setattr(aem, "rollout", watched)
+    kept, drawn = aem.sample_batch(tiny, lottery(), cfg, 1)
+    assert len(set(tasks)) == len(tasks) == len(drawn) // 4  # tasks of its own for every draw
+    assert len(set(streams)) == len(streams) > 1
+    assert len(kept) == 16 < len(drawn)
+    kept_ids = set(map(id, kept))
+    assert kept_ids <= set(map(id, drawn))
+    for g in {t.group for t in drawn}:
+        members = [t for t in drawn if t.group == g]
+        varies = len({t.reward for t in members}) > 1
+        assert len(members) == 4 and len({t.prompt for t in members}) == 1
+        assert all((id(t) in kept_ids) == varies for t in members)
+    every = config(estimator="dapo", max_resample=0)
+    for other, step in ((every, 1), (config(), 1), (cfg, 0)):  # step 0 only measures
+        kept, drawn = aem.sample_batch(tiny, lottery(), other, step)
+        assert kept == drawn and len(kept) == 16
+
+
+def test_dynamic_sampling_is_bounded(tiny):
+    cfg = config(estimator="dapo", max_resample=2)
+    with pytest.raises(aem.UsageError, match="vary in only 0 of 12 groups(.|\n)*--max_resample"):
+        aem.sample_batch(tiny, [Alike() for _ in range(16)], cfg, 1)
+
+
+def invented(lengths, **changes):
+    """A trajectory whose responses have these lengths."""
+    t = aem.Trajectory(0, None, None)
+    t.responses = [aem.Response(0, [-1.0] * n, [0.5] * n) for n in lengths]
+    vars(t).update(changes)
+    return t
+
+
+def test_crashes_and_rounding_do_not_make_a_group_vary(tiny, monkeypatch):
+    cfg = config(estimator="dapo", groups=1, group_size=3, max_resample=1, max_response_tokens=20)
+    crash = {"error": "boom"}
+    alike = [[{"reward": 10.0}, {"reward": 10.0}, crash], [{"reward": 0.1 + 0.2}, {"reward": 0.3}]]
+    for changes in alike:
+        drawn = [invented([2], **c) for c in changes]
+        monkeypatch.setattr(aem, "rollout", lambda *args, drawn=drawn: drawn)
+        with pytest.raises(aem.UsageError, match="vary in only 0"):
+            aem.sample_batch(tiny, None, cfg, 1)
+
+
+def test_soft_overlong_penalty_by_hand(monkeypatch, tiny):
+    lengths = [[3], [16], [17], [19], [20], [20, 2], [1, 18], []]
+    expected = [0, 0, 0.25, 0.75, 1, 1, 0.5, 0]  # over the last 4 of 20 tokens
+    drawn = [invented(n, reward=10.0) for n in lengths]
+    monkeypatch.setattr(aem, "rollout", lambda *args: drawn)
+    sizes = {"groups": 1, "group_size": 8, "max_response_tokens": 20}
+    aem.sample_batch(tiny, None, config(**sizes), 1)
+    assert all(t.penalty == 0 for t in drawn)  # GRPO has none
+    cfg = config(estimator="dapo", **sizes)
+    kept, _ = aem.sample_batch(tiny, None, cfg, 1)
+    assert [t.penalty for t in kept] == pytest.approx(expected)
+    assert all(t.reward == 10 for t in kept)
+    credit(kept, cfg)
+    advantages = slow_advantage([10 - p for p in expected], "standardised")
+    found = [t.responses[0].advantage for t in kept[:7]]
+    assert found == pytest.approx(advantages[:7])
+
+
+# ------------------------------------------------------------------------------ 5. update
+def advantages_of(rewards, cfg):
+    """Base advantages of trajectories of one response each; a reward of None is a crash."""
+    trajectories = []
+    for reward in rewards:
+        crash = {"error": "boom"} if reward is None else {"reward": reward}
+        trajectories.append(invented([2], **crash))
+    return aem.assign_credit(trajectories, cfg).tolist()
+
+
+@pytest.mark.parametrize("estimator", list(aem.ESTIMATORS))
+def test_a_crash_is_missing_from_the_baseline(estimator):
+    cfg = config(estimator=estimator)
+    assert advantages_of([10.0] * 7 + [None], cfg) == [0.0] * 8
+    without = advantages_of([10.0, 0.0, 0.0], cfg)
+    assert advantages_of([10.0, 0.0, 0.0, None], cfg) == [*without, 0.0]
+    assert without[0] > 0 > without[1]
+    assert advantages_of([10.0, None, None], cfg) == [0.0] * 3
+    assert advantages_of([0.1 + 0.2, 0.3], cfg) == [0.0] * 2  # equal but for rounding
+
+
+def test_scopes_of_the_normalisation(mixed):
+    keys = {"group": lambda t: t.group, "trajectory": id, "batch": lambda t: 0}
+    for scope, key in keys.items():
+        cfg = config(aem_scope=scope, lam=0.7)
+        credit(mixed, cfg)
+        used = [(t, r) for t in mixed if not t.error for r in t.responses]  # no crashed one
+        h_bar = [sum(r.entropy) / len(r.entropy) for _, r in used]
+        expected = slow_alpha(h_bar, [key(t) for t, _ in used], 0.7)
+        assert [r.alpha for _, r in used] == pytest.approx(expected, abs=1e-9)
+        assert all(r.alpha == 1 and r.advantage == 0 for r in mixed[4].responses)
+    assert set(aem.modulate(mixed, config(aem=False), 1).tolist()) == {1.0}
+
+
+def test_every_step_shuffles_anew(mixed):
+    def alphas(step, seed=0):
+        return aem.modulate(mixed, config(aem_direction="shuffle", seed=seed), step).tolist()
+
+    assert alphas(1) == alphas(1)
+    assert alphas(1) != alphas(2) and alphas(1) != alphas(1, seed=1)
 
 
 def test_the_readme_recipe_for_other_trainers_does_what_ours_does(played):
     """`played` as a dense batch, base advantages 1: what comes out is each token's alpha."""
-    readme = (Path(__file__).parent / "README.md").read_text()
-    recipe = readme[readme.index("### In your own trainer") :].split("```python\n")[1].split("```")[0]
-    shape, responses = (len(played), max(len(t.ids) for t in played)), [r for t in played for r in t.responses]
-    space = dict(entropy=torch.zeros(shape), advantage=torch.ones(shape), turn=torch.full(shape, -1))
-    space |= dict(task=torch.tensor([t.group for t in played]), aem_coefficients=aem.aem_coefficients)
+    readme = (HERE / "README.md").read_text()
+    recipe = re.split("#+ In your own trainer", readme)[1].split("```python\n")[1].split("```")[0]
+    responses = aem.responses_of(played)
+    shape = (len(played), max(len(t.ids) for t in played))
+    names = {"entropy": torch.zeros(shape), "advantage": torch.ones(shape)}
+    names |= {"turn": torch.full(shape, -1), "aem_coefficients": aem.aem_coefficients}
+    names["task"] = torch.tensor([t.group for t in played])
+    spans = {}
     for row, t in enumerate(played):
         for r in t.responses:
-            span = slice(r.start, r.start + len(r.logp))
-            space["entropy"][row, span] = torch.tensor(r.entropy)
-            space["turn"][row, span] = next(i for i, other in enumerate(responses) if other is r)
-    exec(recipe, space)
-    for row, t in enumerate(played):
-        for r in t.responses:
-            found = space["advantage"][row, r.start : r.start + len(r.logp)].tolist()
-            assert found == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
-    assert (space["advantage"][space["turn"] < 0] == 1).all()
-
-
-def test_modulated_advantages_against_a_slow_loop(played):
-    h_bar = [sum(r.entropy) / len(r.entropy) for t in played for r in t.responses]
-    alpha = slow_alpha(h_bar, [t.group for t in played for _ in t.responses], 1.0, 0.1)
-    assert [r.alpha for t in played for r in t.responses] == pytest.approx(alpha, abs=1e-5)
-    assert max(alpha) > 1.05
-    for t in played:
-        rewards = [other.reward for other in played if other.group == t.group]
-        mean = sum(rewards) / 4
-        std = math.sqrt(sum((x - mean) ** 2 for x in rewards) / 3)
-        for r in t.responses:
-            assert r.advantage == pytest.approx(r.alpha * (t.reward - mean) / (std + 1e-6), abs=1e-5)
-
-
-def test_loss_and_gradient_equal_a_slow_loop(tiny, played):
-    policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer)
-    with torch.no_grad():  # off-policy: ratios away from 1, so that both clips act
-        for p in policy.model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    sums, fast = gradients(policy, played, config())
-    total = 0.0
-    for t in played:  # mean over trajectories of the mean over their sampled tokens
-        logp = torch.log_softmax(policy.model(torch.tensor([t.ids])).logits[0], -1)
-        losses = []
-        for r in t.responses:
-            for i, old in enumerate(r.logp):
-                ratio = torch.exp(logp[r.start + i - 1, t.ids[r.start + i]] - old)
-                losses.append(torch.max(-r.advantage * ratio, -r.advantage * ratio.clamp(0.8, 1.2)))
-        total = total + sum(losses) / len(losses) / len(played)
-    total.backward()
-    slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert sums["loss"] == pytest.approx(total.item(), abs=1e-5) and 0 < sums["clipped"] < sums["tokens"]
-    assert torch.allclose(fast, slow, atol=1e-5) and slow.norm() > 0.01
-
-
-def test_micro_batches_padding_and_checkpointing_change_nothing(tiny, played):
-    policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer)
-    sums, whole = gradients(policy, played, config(micro_batch_tokens=10**6))
-    assert whole.norm() > 0.01
-    for budget in (1, 150, 400):
-        other, grads = gradients(policy, played, config(micro_batch_tokens=budget))
-        assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
-    other, grads = gradients(policy, played[::-1], config())
-    assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6) and torch.allclose(grads, whole, atol=1e-6)
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert torch.allclose(gradients(policy, played, config())[1], whole, atol=1e-6)
+            number = len(spans)
+            spans[number] = row, slice(r.start, r.start + len(r.logp))
+            names["entropy"][spans[number]] = torch.tensor(r.entropy)
+            names["turn"][spans[number]] = number
+    exec(recipe, names)
+    for number, r in enumerate(responses):
+        found = names["advantage"][spans[number]].tolist()
+        assert found == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
+    assert (names["advantage"][names["turn"] < 0] == 1).all()
 
 
 def test_micro_batches_hold_everything_within_the_budget(played):
     for budget in (1, 100, 500, 10**6):
         batches = list(aem.micro_batches(played, budget))
         assert sorted(id(t) for b in batches for t in b) == sorted(map(id, played))
-        assert all(len(b) == 1 or len(b) * max(len(t.ids) for t in b) <= budget for b in batches)
-
-
-@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
-@pytest.mark.parametrize("logits", [1, 2000, 10**9])  # a position at a time, some 13, all
-def test_a_head_in_chunks_equals_a_dense_one_in_value_and_gradient(tiny, played, monkeypatch, logits, estimator):
-    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", logits)
-    policy = aem.Policy(copy.deepcopy(tiny.model).double().train(), tiny.tokenizer, temperature=0.7)
-    dense, trajectories, cfg = [], copy.deepcopy(played), config(estimator=estimator, loss_mean="token")
-    old_logp = lambda t: torch.tensor([x for r in t.responses for x in r.logp], dtype=torch.float64)  # noqa: E731
-    for t in trajectories:
-        logp = (policy.model(torch.tensor([t.ids])).logits[0] / 0.7).log_softmax(-1)
-        dense.append(torch.stack([logp[r.start + i - 1, t.ids[r.start + i]] for r in t.responses for i in range(len(r.logp))]))
-    ratios = [torch.exp(logp - old_logp(t)) for t, logp in zip(trajectories, dense)]
-    if estimator == "gspo":  # sequence-level form, each token of its response's advantage
-        ratios = [r.log().mean().exp().detach() * torch.exp(logp - logp.detach()) for r, logp in zip(ratios, dense)]
-    loss = 0.0
-    for t, ratio in zip(trajectories, ratios):
-        advantage = torch.tensor([r.advantage for r in t.responses for _ in r.logp], dtype=torch.float64)
-        clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-        loss = loss + torch.maximum(-advantage * ratio, -advantage * clipped).sum() / sum(map(len, dense))
-    loss.backward()
-    slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    sums, fast = gradients(policy, trajectories, cfg)
-    assert sums["loss"] == pytest.approx(loss.item(), abs=1e-12) and slow.norm() > 0.01
-    assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
-    logps = aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories))  # as for the reference of a KL term
-    assert torch.allclose(logps, torch.cat(dense), rtol=0, atol=1e-12) and not logps.requires_grad
-
-
-def test_padding_is_small_and_counted(tiny):
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= budget
     rng = random.Random(0)
-    batch = [aem.Trajectory(i, None, rng, [5] * rng.randint(100, 1000)) for i in range(128)]
-    for t in batch:
-        t.responses = [aem.Response(50, [-1.0], [1.0], advantage=1.0)]
-    sums = aem.accumulate_gradients(tiny, batch, config(micro_batch_tokens=8192))
-    tiny.model.zero_grad()
-    widths = [(len(b), max(len(t.ids) for t in b)) for b in aem.micro_batches(batch, 8192)]
-    assert sums["positions"] == sum(rows * width for rows, width in widths)
-    assert sums["padding"] == sums["positions"] - sum(len(t.ids) for t in batch) < 0.1 * sums["positions"]
+    many = [aem.Trajectory(0, None, None, [5] * rng.randint(100, 1000)) for _ in range(128)]
+    batches = list(aem.micro_batches(many, 8192))
+    padded = sum(len(b) * max(len(t.ids) for t in b) for b in batches)
+    assert padded < 1.1 * sum(len(t.ids) for t in many)  # of like length: little padding
 
 
-def test_the_cache_grows_without_losing_anything(tiny):
-    torch.manual_seed(0)
-    cache, whole = aem.SlotCache(2), torch.randn(2, 2, 3, 700, 4)  # keys and values of 2 rows, 3 heads, 700 tokens
-    for start, end in ((0, 5), (5, 6), (6, 200), (200, 201), (201, 700)):
-        slots = torch.arange(start, end).expand(2, -1)
-        cache.prepare(torch.arange(2), slots, end)
-        keys, values = cache.update(*whole[:, :, :, start:end], layer=0)
-        assert torch.equal(keys, whole[0, :, :, :end]) and torch.equal(values, whole[1, :, :, :end])
+def test_micro_batches_order_and_padding_change_nothing(tiny, played):
+    policy = clone(tiny)
+    sums, whole = gradients(policy, played, config(micro_batch_tokens=10**6))
+    assert whole.norm() > 0.01
+    for budget, batch in ((1, played), (150, played), (400, played), (10**6, played[::-1])):
+        other, grads = gradients(policy, batch, config(micro_batch_tokens=budget))
+        assert other["loss"] == pytest.approx(sums["loss"], abs=1e-6)
+        assert torch.allclose(grads, whole, atol=1e-6)
 
 
-def test_only_sampled_positions_get_gradient(tiny, played):
-    policy, seen = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer), []
-
-    def keep_gradient(module, args, output):
-        seen.append(output.last_hidden_state)
-        seen[0].retain_grad()
-
-    policy.body.register_forward_hook(keep_gradient)
-    trajectories = copy.deepcopy(played)
-    for t in trajectories:
-        for r in t.responses:
-            r.advantage = 1.0
-    aem.accumulate_gradients(policy, trajectories, config())
-    touched = seen[0].grad.abs().sum(-1) > 0  # (B, T)
-    for row, t in enumerate(next(aem.micro_batches(trajectories, 8192))):
-        predicting = {r.start + i - 1 for r in t.responses for i in range(len(r.logp))}
-        assert set(touched[row].nonzero().flatten().tolist()) == predicting
+@pytest.mark.parametrize("at_once", [1, 6000, 10**9])  # a position at a time, some 13, all
+def test_logps_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, monkeypatch, at_once):
+    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", at_once)
+    policy = clone(tiny, double=True, temperature=0.7)
+    heights = []
+    hook = policy.head.register_forward_pre_hook(lambda _, args: heights.append(len(args[0])))
+    fast = aem.sampled_logps(policy, played)
+    hook.remove()
+    assert sum(heights) == len(fast)  # sampled positions only
+    assert max(heights) <= max(1, at_once // len(tiny.tokenizer))
+    slow = torch.cat([dense_logps(policy, t) for t in played])
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-12) and len(fast) == len(old_logps(played))
+    weights = torch.randn(len(slow), generator=torch.Generator().manual_seed(0))
+    (weights * slow).sum().backward()
+    expected = gradient_of(policy)
+    (weights * fast).sum().backward()
+    assert torch.allclose(gradient_of(policy), expected, rtol=0, atol=1e-10)
+    assert expected.norm() > 0.01
 
 
 class Bigram(torch.nn.Module):
-    """A tabular policy: the logits of the next token are a row of a table, chosen by the last token."""
+    """A tabular policy: the last token chooses a row of a table, the logits of the next one."""
 
     def __init__(self, size):
         super().__init__()
@@ -944,1126 +1360,558 @@ def test_gradient_of_a_tabular_policy_by_hand(tiny, played):
     size = len(tiny.tokenizer)
     policy = aem.Policy(Bigram(size), tiny.tokenizer)
     p = policy.model.table.weight.detach().softmax(-1)
-    trajectories = copy.deepcopy(played)
     expected = torch.zeros(size, size)
-    for t in trajectories:
-        length = sum(len(r.logp) for r in t.responses)
-        for r in t.responses:
-            for i in range(len(r.logp)):
-                state, token = t.ids[r.start + i - 1], t.ids[r.start + i]
-                r.logp[i] = p[state, token].log().item()  # on-policy: the ratio is 1
-                score = torch.nn.functional.one_hot(torch.tensor(token), size) - p[state]  # grad log pi
-                expected[state] -= r.advantage * score / length / len(trajectories)
-    aem.accumulate_gradients(policy, trajectories, config())
-    assert torch.allclose(policy.model.table.weight.grad, expected, atol=1e-6) and expected.norm() > 0.01
-
-
-@pytest.mark.parametrize("estimator", ["grpo", "gspo"])  # GSPO runs the head without gradient first
-def test_bfloat16_computes_from_fp32_weights_and_stays_close(tiny, played, estimator):
-    trajectories, found = copy.deepcopy(played), {}
-    for dtype in ("float32", "bfloat16"):
-        policy = aem.Policy(copy.deepcopy(tiny.model).train(), tiny.tokenizer, dtype=dtype)
-        policy.reference = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer, dtype=dtype)
-        sums, grads = gradients(policy, trajectories, config(estimator=estimator, kl_coef=0.1, clip_low=0.9, clip_high=9.0))
-        found[dtype] = grads
-        assert all(p.dtype == torch.float32 for p in policy.model.parameters()) and grads.dtype == torch.float32
-        rolled = aem.rollout(policy, [Echo() for _ in range(16)], range(4), 4, config(), "bf16")
-        old = [x for t in rolled for r in t.responses for x in r.logp]
-        now = aem.sampled_logps(policy, *aem.sampled_hidden(policy, rolled)).tolist()
-        gap = sum(abs(a - b) for a, b in zip(old, now)) / len(old)  # rollout and update read the same rounded weights
-        assert (gap < 1e-5) if dtype == "float32" else (1e-5 < gap < 0.02)
-    difference = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
-    assert 1e-4 < difference < 0.1
-
-
-def test_the_cache_holds_what_attention_reads(tiny):
-    policy, cache = aem.Policy(tiny.model, tiny.tokenizer, dtype="bfloat16"), aem.SlotCache(1)
-    t = aem.Trajectory(0, None, random.Random(0), tiny.opening("", "Say red."), [aem.Response(0)])
-    with torch.inference_mode():
-        aem.next_logits(policy, cache, [0], [t])
-    assert {x.dtype for layer in cache.layers for x in layer} == {torch.bfloat16}
-
-
-def test_the_benchmark_for_a_gpu_runs_on_a_cpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(aem.__file__).parent / "experiments"))
-    bench = importlib.import_module("bench")
-    found = bench.against_floors(bench.TINY, rows=8, turns=2, tokens=4, device="cpu")  # in bfloat16
-    assert found["tokens"] == 8 * 2 * 4 and 0 < found["logp_gap"] < 0.02
-    assert 0 < found["rollout_floor"] < found["rollout_seconds"] and 0 < found["update_floor"] < found["update_seconds"]
-    assert bench.policy(bench.QWEN_1_5B, device="meta").model.num_parameters() == 1_543_714_304  # Qwen2.5-1.5B's
-    assert bench.policy(bench.QWEN_7B, device="meta").model.num_parameters() == 7_615_616_512
-    cfg = bench.settings(max_turns=2, max_response_tokens=8)
-    slow = bench.lockstep(bench.policy(), 8, 2, cfg)  # all wait for the longest response
-    assert [t.ids for t in slow] == [t.ids for t in bench.ours(bench.policy(), 8, 2, 8)]
+    for t in played:
+        length = len(sampled(t))
+        for r, at, _ in sampled(t):
+            state, token = t.ids[at - 1], t.ids[at]
+            r.logp[at - r.start] = p[state, token].log().item()  # on-policy: the ratio is 1
+            score = torch.nn.functional.one_hot(torch.tensor(token), size) - p[state]
+            expected[state] -= r.advantage * score / length / len(played)
+    aem.accumulate_gradients(policy, played, config())
+    assert torch.allclose(policy.model.table.weight.grad, expected, atol=1e-6)
+    assert expected.norm() > 0.01
 
 
 def test_old_log_probs_can_be_recomputed(tiny, played):
-    trajectories, cfg = copy.deepcopy(played), config(recompute_old_logps=True, minibatches=2, lr=0.0)
-    recorded = [x for t in trajectories for r in t.responses for x in r.logp]
-    for t in trajectories:
-        for r in t.responses:
-            r.logp = [x + 0.25 for x in r.logp]  # what was recorded is off
-    policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
-    with torch.no_grad():
-        policy.model.get_output_embeddings().weight[50:60] += 0.01
-    truth = aem.sampled_logps(policy, *aem.sampled_hidden(policy, trajectories)).tolist()
-    row = aem.update(policy, torch.optim.AdamW(policy.model.parameters(), lr=1e-4), trajectories, cfg, 1)
-    now = [x for t in trajectories for r in t.responses for x in r.logp]
-    assert now == pytest.approx(truth, abs=1e-5)  # those before the first step, also where the second one looks
-    assert row["logp_gap"] == pytest.approx(sum(abs(a + 0.25 - b) for a, b in zip(recorded, truth)) / len(truth), abs=1e-5)
-    assert aem.update(policy, None, [], cfg, 0)["logp_gap"] == 0.0
+    policy = clone(tiny, noise=0.01)
+    for r in aem.responses_of(played):
+        r.logp = [x + 0.25 for x in r.logp]  # what was recorded is off
+    truth = torch.cat([dense_logps(policy, t) for t in played]).tolist()
+    learner = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-4)
+    cfg = config(recompute_old_logps=True, minibatches=2)
+    metrics = aem.update(learner, optimizer, played, cfg, 1)
+    assert old_logps(played) == pytest.approx(truth, abs=1e-5)  # of before the first step
+    assert metrics["logp_gap"] < 1e-5
 
 
 def test_update_counts_and_skips(tiny, played):
-    policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
-    before = copy.deepcopy(policy.model.state_dict())
+    policy = clone(tiny)
+    optimizer = torch.optim.SGD(policy.weights, lr=0.1)
 
-    def moved():
-        return any(not torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    def update(trajectories, **flags):
+        metrics = aem.update(policy, optimizer, trajectories, config(**flags), 1)
+        pairs = zip(policy.model.parameters(), tiny.model.parameters())
+        return metrics, any(not torch.equal(a, b) for a, b in pairs)
 
     flat = copy.deepcopy(played)
     for t in flat:
         t.reward = 0.1
-    aem.assign_credit(flat, config())
-    assert aem.update(policy, optimizer, flat, config(), 1)["updates"] == 0 and not moved()  # nothing varies: no step
+    credit(flat, config())
+    assert update(flat) == ({"updates": 0, "skipped_updates": 0}, False)  # and nothing measured
     broken = copy.deepcopy(played)
     broken[0].responses[0].logp[0] = math.nan
-    metrics = aem.update(policy, optimizer, broken, config(minibatches=1), 1)
-    assert metrics["skipped_updates"] == 1 and metrics["updates"] == 0 and not moved()
-    metrics = aem.update(policy, optimizer, played, config(epochs=2, minibatches=3), 1)
-    assert metrics["updates"] == 6 and metrics["skipped_updates"] == 0 and moved()
-    assert metrics["logp_gap"] < 1e-5  # measured before the first step; later minibatches are off-policy
+    metrics, moved = update(broken, minibatches=1)
+    assert (metrics["updates"], metrics["skipped_updates"], moved) == (0, 1, False)
+    assert "loss" not in metrics
+    metrics, moved = update(played, epochs=2, minibatches=3)
+    assert (metrics["updates"], metrics["skipped_updates"], moved) == (6, 0, True)
+    assert metrics["logp_gap"] < 1e-5  # before the first step; later minibatches are off-policy
+    assert {"loss", "grad_norm", "clip_fraction"} < set(metrics)
 
 
-SPECIFIED = {  # advantage, ratio, clip low, clip high, mean of the loss
-    "grpo": ("standardised", "token", 0.2, 0.2, "trajectory"),
-    "dr_grpo": ("centred", "token", 0.2, 0.2, "constant"),
-    "rloo": ("leave-one-out", "token", 0.2, 0.2, "token"),
-    "dapo": ("standardised", "token", 0.2, 0.28, "token"),
-    "gspo": ("standardised", "sequence", 3e-4, 4e-4, "trajectory"),
-    "grpo++": ("leave-one-out", "token", 0.2, 0.28, "constant"),
-    "gigpo": ("standardised", "token", 0.2, 0.2, "token"),
-}
+def slow_step_advantage(group, t, i, rule):
+    """GiGPO's step advantage of response i of t: its return against those after the same text."""
+
+    def anchor(u, j):
+        return u.prompt if j == 0 else u.responses[j - 1].observation
+
+    def discounted(u, j):
+        return sum(0.95 ** (k - j) * u.responses[k].reward for k in range(j, len(u.responses)))
+
+    same = [(u, j) for u in group for j in range(len(u.responses)) if anchor(u, j) == anchor(t, i)]
+    own = [u is t and j == i for u, j in same].index(True)
+    return slow_advantage([discounted(u, j) for u, j in same], rule)[own]
 
 
 def slow_modulated(name, trajectories, with_aem):
     """{(trajectory, response): advantage}, by loops over everything."""
     rule, result = SPECIFIED[name][0], {}
-    trained = [t for t in trajectories if not t.error and not (name == "grpo++" and t.truncated)]
+    crash_free = [t for t in trajectories if not t.error]
+    trained = [t for t in crash_free if not (name == "grpo++" and t.truncated)]
     for t in trained:
-        group = [u for u in trajectories if u.group == t.group]  # a filtered trajectory stays in the baseline
-        episode = slow_advantage([u.reward - u.penalty for u in group], rule)[[u is t for u in group].index(True)]
-        for i, r in enumerate(t.responses):
-            step = 0.0
+        group = [u for u in crash_free if u.group == t.group]  # filtered ones stay in the baseline
+        own = [u is t for u in group].index(True)
+        episode = slow_advantage([u.reward - u.penalty for u in group], rule)[own]
+        for i in range(len(t.responses)):
+            result[id(t), i] = episode
             if name == "gigpo":
-                anchor = (t.prompt, *(x.observation for x in t.responses))[i]
-                same, own = [], None
-                for u in group:
-                    for j in range(len(u.responses)):
-                        if (u.prompt, *(x.observation for x in u.responses))[j] == anchor:
-                            own = len(same) if u is t and j == i else own
-                            same.append(sum(0.95 ** (k - j) * u.responses[k].reward for k in range(j, len(u.responses))))
-                step = slow_advantage(same, rule)[own]
-            result[id(t), i] = episode + step
+                result[id(t), i] += slow_step_advantage(group, t, i, rule)
     if with_aem:
-        rows = [(t, i) for t in trained for i in range(len(t.responses))]
-        h_bar = [sum(t.responses[i].entropy) / len(t.responses[i].entropy) for t, i in rows]
-        for (t, i), alpha in zip(rows, slow_alpha(h_bar, [t.group for t, _ in rows], 1.0, 0.1)):
+        rows = [(t, i, r) for t in trained for i, r in enumerate(t.responses)]
+        h_bar = [sum(r.entropy) / len(r.entropy) for _, _, r in rows]
+        alphas = slow_alpha(h_bar, [t.group for t, _, _ in rows])
+        for (t, i, _), alpha in zip(rows, alphas):
             result[id(t), i] *= alpha
     return result
 
 
 def slow_estimator_loss(name, policy, trajectories, with_aem, cfg):
-    """(loss, tokens clipped above, below, not at all): one full forward per trajectory, one token at a time."""
-    _, ratio_level, low, high, mean = SPECIFIED[name]
-    advantages, losses, seen = slow_modulated(name, trajectories, with_aem), [], [0, 0, 0]
+    """(loss, tokens clipped above, below, not at all): a forward per trajectory, token by token."""
+    _, mean, low, high, by_sequence = SPECIFIED[name]
+    advantages = slow_modulated(name, trajectories, with_aem)
+    losses, seen = [], Counter(above=0, below=0, inside=0)
     for t in trajectories:
         if (id(t), 0) not in advantages:
             continue
-        z = policy.model(torch.tensor([t.ids])).logits[0]
-        steps = [(i, r.start + k, old) for i, r in enumerate(t.responses) for k, old in enumerate(r.logp)]
-        logps = [torch.log(torch.softmax(z[at - 1], -1)[t.ids[at]]) for _, at, _ in steps]
-        sequence = torch.exp(sum(logp - old for logp, (_, _, old) in zip(logps, steps)) / len(steps))
+        logps = dense_logps(policy, t)
+        olds = torch.tensor([old for _, _, old in sampled(t)], dtype=torch.float64)
+        sequence = torch.exp((logps - olds).mean())
+        number = {id(r): i for i, r in enumerate(t.responses)}
         losses.append([])
-        for logp, (i, at, old) in zip(logps, steps):
-            a = advantages[id(t), i]
+        for logp, (r, _, old) in zip(logps, sampled(t)):
+            a = advantages[id(t), number[id(r)]]
             ratio = torch.exp(logp - old)
-            if ratio_level == "sequence":  # without AEM, GSPO's own form: all tokens share the sequence's ratio and gradient
-                ratio = sequence.detach() * torch.exp(logp - logp.detach()) if with_aem else sequence
-            losses[-1].append(-min(ratio * a, min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high)) * a))
-            seen[0 if a > 0 and ratio > 1 + high else 1 if a < 0 and ratio < 1 - low else 2] += 1
+            if by_sequence and with_aem:  # each token of its own advantage, and gradient
+                ratio = sequence.detach() * torch.exp(logp - logp.detach())
+            elif by_sequence:  # GSPO's own form: one ratio for all
+                ratio = sequence
+            inside = min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high))
+            losses[-1].append(-min(ratio * a, inside * a))
+            if a > 0 and ratio > 1 + high:
+                seen["above"] += 1
+            elif a < 0 and ratio < 1 - low:
+                seen["below"] += 1
+            else:
+                seen["inside"] += 1
+    sums, lengths = [sum(x) for x in losses], [len(x) for x in losses]
     if mean == "trajectory":
-        return sum(sum(x) / len(x) for x in losses) / len(losses), seen
+        return sum(x / n for x, n in zip(sums, lengths)) / len(losses), seen
     if mean == "token":
-        return sum(map(sum, losses)) / sum(map(len, losses)), seen
-    return sum(map(sum, losses)) / (len(trajectories) * cfg.max_turns * cfg.max_response_tokens), seen
-
-
-@pytest.fixture(scope="module")
-def mixed(tiny):
-    """Trajectories with all that estimators look at: rewards per turn, penalties, limits, repeated observations, a crash."""
-    cfg, rng = config(group_size=6, groups=3), random.Random(1)
-    trajectories = aem.rollout(tiny, [envs.Household(3) for _ in range(18)], [1, 2, 3], 6, cfg, "mixed")
-    for t in trajectories:
-        for r in t.responses:
-            r.reward = rng.choice([0.0, -0.1])
-        t.responses[-1].reward += rng.choice([0.0, 10.0])
-        t.reward, t.penalty, t.truncated = sum(r.reward for r in t.responses), rng.choice([0.0, 0.5]), rng.random() < 0.4
-    trajectories[4].error = "boom"
-    return trajectories
+        return sum(sums) / sum(lengths), seen
+    return sum(sums) / (len(trajectories) * cfg.max_turns * cfg.max_response_tokens), seen
 
 
 @pytest.mark.parametrize("with_aem", [False, True])
 @pytest.mark.parametrize("name", list(aem.ESTIMATORS))
 def test_every_estimator_equals_a_slow_one(name, with_aem, tiny, mixed):
-    cfg, trajectories = config(estimator=name, aem=with_aem, groups=3, group_size=6), copy.deepcopy(mixed)
-    policy = aem.Policy(copy.deepcopy(tiny.model).double().train(), tiny.tokenizer)
-    aem.assign_credit(trajectories, cfg)
-    if with_aem:
-        aem.modulate(trajectories, cfg, 1)
-    expected = slow_modulated(name, trajectories, with_aem)
-    for t in trajectories:
+    cfg = config(estimator=name, aem=with_aem, groups=3, group_size=6)
+    policy = clone(tiny, double=True)
+    credit(mixed, cfg)
+    expected = slow_modulated(name, mixed, with_aem)
+    for t in mixed:
         for i, r in enumerate(t.responses):
             assert r.advantage == pytest.approx(expected.get((id(t), i), 0.0), abs=1e-9)
-    for t in trajectories:  # on-policy: old log-probs are the present ones
-        with torch.no_grad():
-            logps = aem.sampled_logps(policy, *aem.sampled_hidden(policy, [t])).tolist()
-        for r in t.responses:
-            r.logp, logps = logps[: len(r.logp)], logps[len(r.logp) :]
-    for noise in (0.0, 1e-4 if name == "gspo" else 0.02):
-        with torch.no_grad():  # then off-policy: ratios away from 1
-            for p in policy.model.parameters():
-                p += noise * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
-        sums, fast = gradients(policy, trajectories, cfg)
-        loss, (above, below, inside) = slow_estimator_loss(name, policy, trajectories, with_aem, cfg)
+    aem.record_logps(policy, mixed, cfg, "logp")  # on-policy
+    for noise in (0.0, 1e-4 if name == "gspo" else 0.02):  # then off-policy: both clips act
+        moved = clone(policy, noise)
+        sums, fast = gradients(moved, mixed, cfg)
+        loss, seen = slow_estimator_loss(name, moved, mixed, with_aem, cfg)
         loss.backward()
-        slow = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-        assert sums["loss"] == pytest.approx(loss.item(), abs=1e-6) and sums["clipped"] == above + below
+        slow = gradient_of(moved)
+        assert sums["loss"] == pytest.approx(loss.item(), abs=1e-6)
+        assert sums["clip_fraction"] == seen["above"] + seen["below"]
         assert (fast - slow).abs().max() <= 1e-6 * max(1, slow.abs().max()) and slow.norm() > 0.01
-        assert (above > 0 and below > 0 and inside > 0) if noise else above == below == 0
+        assert all(n > 0 for n in seen.values()) == (noise > 0)
     assert fast.dtype == torch.float64
 
 
 def test_kl_is_k3_to_the_reference(tiny, played):
     cfg = config(kl_coef=0.5)
-    policy = aem.Policy(copy.deepcopy(tiny.model).double().train(), tiny.tokenizer)
-    policy.reference = aem.Policy(copy.deepcopy(tiny.model).double().requires_grad_(False), tiny.tokenizer)
-    trajectories = copy.deepcopy(played)
-    for r in trajectories[3].responses:
+    reference = clone(tiny, double=True)
+    aem.record_logps(reference, played, cfg, "reference")
+    for r in played[3].responses:
         r.advantage = 0.0  # nothing to learn here: only the KL pulls
-    assert gradients(policy, trajectories, cfg)[0]["kl"] == 0  # at the start there is no distance
-    with torch.no_grad():
-        for p in policy.model.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    sums, fast = gradients(policy, trajectories, cfg)
-    plain, without = gradients(policy, trajectories, config())
-    total = summed = 0.0
-    for t in trajectories:
-        now, then = (torch.log_softmax(m(torch.tensor([t.ids])).logits[0], -1) for m in (policy.model, policy.reference.model))
-        at = [r.start + k for r in t.responses for k in range(len(r.logp))]
-        ratio = torch.stack([then[i - 1, t.ids[i]] - now[i - 1, t.ids[i]] for i in at])
-        terms = torch.exp(ratio) - ratio - 1
-        total, summed = total + 0.5 * terms.mean() / len(trajectories), summed + terms.sum().item()
-    total.backward()
-    pull = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert sums["tokens"] == sum(len(r.logp) for t in trajectories for r in t.responses)
-    assert sums["loss"] - plain["loss"] == pytest.approx(total.item(), abs=1e-6)
+    assert gradients(reference, played, cfg)[0]["kl"] == 0  # at the start there is no distance
+    policy = clone(reference, noise=0.02)
+    sums, fast = gradients(policy, played, cfg)
+    without, base = gradients(policy, played, config())
+    loss = summed = 0.0
+    for t in played:
+        d = dense_logps(reference, t).detach() - dense_logps(policy, t)
+        k3 = torch.exp(d) - d - 1
+        loss = loss + 0.5 * k3.mean() / len(played)
+        summed += k3.sum().item()
+    loss.backward()
+    pull = gradient_of(policy)
+    assert sums["tokens"] == len(old_logps(played))
+    assert sums["loss"] - without["loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert sums["kl"] == pytest.approx(summed, rel=1e-6) and summed > 0
-    assert torch.allclose(fast - without, pull, atol=1e-8) and pull.norm() > 1e-4
-    assert all(p.grad is None for p in policy.reference.model.parameters())
+    assert torch.allclose(fast - base, pull, atol=1e-8) and pull.norm() > 1e-4
 
 
 def test_without_a_kl_term_a_collapsed_log_prob_is_no_nan(tiny, played):
-    trajectories = copy.deepcopy(played)
-    for t in trajectories:
-        for r in t.responses:
-            r.logp = [x + 100 for x in r.logp]  # e^100 is more than a float32 holds
-    sums, grads = gradients(aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer), trajectories, config())
+    for r in aem.responses_of(played):
+        r.logp = [x + 100 for x in r.logp]  # e^100 is more than a float32 holds
+    sums, grads = gradients(clone(tiny), played, config())
     assert math.isfinite(sums["loss"]) and sums["kl"] == 0 and grads.isfinite().all()
 
 
-def test_scopes_of_the_normalisation(mixed):
-    keys = {"group": lambda t: t.group, "trajectory": id, "batch": lambda t: 0}
-    for scope, key in keys.items():
-        trajectories, cfg = copy.deepcopy(mixed), config(aem_scope=scope, lam=0.7)
-        aem.assign_credit(trajectories, cfg)
-        aem.modulate(trajectories, cfg, 1)
-        rows = [(t, r) for t in trajectories if not t.error for r in t.responses]  # the crashed one stays out
-        h_bar = [sum(r.entropy) / len(r.entropy) for _, r in rows]
-        expected = slow_alpha(h_bar, [key(t) for t, _ in rows], 0.7, 0.1)
-        assert [r.alpha for _, r in rows] == pytest.approx(expected, abs=1e-9)
-    assert all(r.alpha == 1 and r.advantage == 0 for t in trajectories if t.error for r in t.responses)
+# ------------------------------------------------------------------------------ 6. training
+def frozen(policy):
+    return torch.optim.SGD(copy.deepcopy(policy.model).parameters(), lr=0.0)
 
 
-def test_every_step_shuffles_anew(mixed):
-    def alphas(step, seed=0):
-        trajectories, cfg = copy.deepcopy(mixed), config(aem_direction="shuffle", seed=seed)
-        aem.modulate(trajectories, cfg, step)
-        return [r.alpha for t in trajectories for r in t.responses]
-
-    assert alphas(1) == alphas(1) and alphas(1) != alphas(2) and alphas(1) != alphas(1, seed=1)
-
-
-def test_mask_drift_keeps_the_responses_of_one_sign(mixed):
-    kept = {}
-    for mask in ("off", "raise", "lower"):
-        trajectories, cfg = copy.deepcopy(mixed), config(mask_drift=mask)
-        aem.assign_credit(trajectories, cfg)
-        base = [r.advantage for t in trajectories for r in t.responses]
-        aem.modulate(trajectories, cfg, 1)
-        kept[mask] = [r.advantage for t in trajectories for r in t.responses]
-        for a, after, r in zip(base, kept[mask], (r for t in trajectories for r in t.responses)):
-            wanted = {"off": True, "raise": a * (r.alpha - 1) < 0, "lower": a * (r.alpha - 1) > 0}[mask]
-            assert after == (r.alpha * a if wanted else 0.0)
-    assert any(kept["raise"]) and any(kept["lower"])
-    assert [a + b for a, b in zip(kept["raise"], kept["lower"])] == kept["off"]
-    cfg = config(mask_drift="lower", min_range=100.0)  # alpha = 1 everywhere predicts nothing, so nothing is left
-    aem.modulate(trajectories, cfg, 1)
-    assert not any(r.advantage for t in trajectories for r in t.responses)
-
-
-# ---------------------------------------------------------------- what is sampled, and what is trained on
-
-
-class Lottery(Echo):
-    """One turn. In tasks with an odd seed the lucky agents win, in those with an even one all do or none."""
-
-    def __init__(self, lucky):
-        self.lucky = lucky
-
-    def reset(self, *, seed=None):
-        self.seed = seed
-        return super().reset(seed=seed)
-
-    def step(self, text):
-        won = self.lucky if self.seed % 2 else self.seed % 4 == 2
-        return "Over.", 10.0 * won, True, False, {"success": won}
-
-
-def lottery():
-    return [Lottery(i % 2 == 0) for i in range(16)]  # in each group of four, two are lucky
-
-
-def test_dynamic_sampling_fills_the_batch_with_groups_that_vary(tiny, monkeypatch):
-    environments, cfg, tasks, streams, play = lottery(), config(estimator="dapo", overlong=0.0), [], [], aem.rollout
-
-    def noted(policy, environments, seeds, group_size, cfg, stream):
-        tasks.extend(seeds)
-        streams.append(stream)
-        return play(policy, environments, seeds, group_size, cfg, stream)
-
-    monkeypatch.setattr(aem, "rollout", noted)
-    kept, sampled = aem.sample_batch(tiny, environments, cfg, 1)
-    assert len(set(tasks)) == len(tasks) == len(sampled) // 4  # every draw has tasks and random numbers of its own
-    assert len(set(streams)) == len(streams) > 1
-    assert len(kept) == 16 < len(sampled) and all(any(t is s for s in sampled) for t in kept)
-    for g in {t.group for t in sampled}:
-        members = [t for t in sampled if t.group == g]
-        varies = len({t.reward for t in members}) > 1
-        assert len(members) == 4 and len({t.prompt for t in members}) == 1
-        assert all(any(t is k for k in kept) == varies for t in members)
-    for other in (config(estimator="dapo", max_resample=0), config()):
-        kept, sampled = aem.sample_batch(tiny, environments, other, 1)
-        assert kept == sampled and len(kept) == 16
-    kept, sampled = aem.sample_batch(tiny, environments, cfg, 0)  # step 0 only measures
-    assert kept == sampled and len(kept) == 16
-
-
-def test_success_counts_everything_that_was_sampled(tiny):
-    environments, cfg = lottery(), config(estimator="dapo", overlong=0.0, lr=0.0)
-    optimizer = torch.optim.SGD(copy.deepcopy(tiny.model).parameters(), lr=0.0)
-    trained, metrics = aem.train_step(tiny, optimizer, environments, cfg, 1)
-    _, sampled = aem.sample_batch(tiny, environments, cfg, 1)
-    assert metrics["success"] == sum(t.success for t in sampled) / len(sampled)
-    assert metrics["reward"] == pytest.approx(sum(t.reward for t in sampled) / len(sampled))
-    assert metrics["groups"] == len(sampled) // 4 and metrics["dropped_groups"] == len(sampled) // 4 - 4 > 0
+def test_success_counts_everything_that_was_sampled(tiny, monkeypatch):
+    change_row(monkeypatch, "dapo", overlong=0.0)
+    cfg = config(estimator="dapo")
+    trained, metrics = aem.train_step(tiny, frozen(tiny), lottery(), cfg, 1)
+    _, drawn = aem.sample_batch(tiny, lottery(), cfg, 1)
+    assert metrics["success"] == sum(t.success for t in drawn) / len(drawn)
+    assert metrics["reward"] == pytest.approx(sum(t.reward for t in drawn) / len(drawn))
+    assert metrics["groups"] == len(drawn) // 4
+    assert metrics["dropped_groups"] == metrics["groups"] - 4 > 0
     assert len(trained) == 16 and sum(t.success for t in trained) == 8
 
 
-def test_dynamic_sampling_is_bounded(tiny):
-    cfg = config(estimator="dapo", max_resample=2)
-    with pytest.raises(aem.UsageError, match="vary in only 0 of 12 groups(.|\n)*--max_resample"):
-        aem.sample_batch(tiny, [Echo() for _ in range(16)], cfg, 1)  # nobody ever says the word
-
-
-def invented(lengths, **changes):
-    """A trajectory whose responses have these lengths."""
-    t = aem.Trajectory(0, None, None)
-    t.responses = [aem.Response(0, [-1.0] * n, [0.5] * n) for n in lengths]
-    vars(t).update(changes)
-    return t
-
-
-def test_soft_overlong_penalty_by_hand(monkeypatch, tiny):
-    cfg = config(estimator="dapo", max_response_tokens=20, groups=1, group_size=8)  # the last 4 of 20 tokens are penalised
-    lengths, expected = [[3], [16], [17], [19], [20], [20, 2], [1, 18], []], [0, 0, 0.25, 0.75, 1, 1, 0.5, 0]
-    played = [invented(n, reward=10.0) for n in lengths]
-    monkeypatch.setattr(aem, "rollout", lambda *args: played)
-    kept, _ = aem.sample_batch(tiny, None, cfg, 1)
-    assert [t.penalty for t in kept] == pytest.approx(expected) and all(t.reward == 10 for t in kept)
-    aem.assign_credit(kept, cfg)
-    rewards = slow_advantage([10 - p for p in expected], "standardised")
-    assert [t.responses[0].advantage for t in kept[:7]] == pytest.approx(rewards[:7])
-    aem.sample_batch(tiny, None, config(groups=1, group_size=8), 1)
-    assert all(t.penalty == 0 for t in kept)  # GRPO has none
-
-
-def test_compact_filtering_masks_but_keeps_the_baseline():
-    trajectories = [invented([2], reward=1.0), invented([3], truncated=True), invented([2]), invented([4], truncated=True)]
-    aem.assign_credit(trajectories, config(estimator="grpo++"))
-    assert [t.responses[0].advantage for t in trajectories] == pytest.approx([1, 0, -1 / 3, 0])  # dropped first: -1
-    assert [t.masked for t in trajectories] == [False, True, False, True]
-    aem.assign_credit(trajectories, config())
-    assert not any(t.masked for t in trajectories)
-
-
-def test_limits_are_seen_and_counted(tiny):
+def test_limits_are_seen_and_counted(tiny, monkeypatch):
     cfg = config(estimator="grpo++", max_turns=2)
-    optimizer = torch.optim.SGD(copy.deepcopy(tiny.model).parameters(), lr=0.0)
-    trajectories, metrics = aem.train_step(tiny, optimizer, [Echo() for _ in range(16)], cfg, 1)
-    assert all(t.truncated and t.masked for t in trajectories) and metrics["truncated"] == metrics["masked"] == 16
-    assert metrics["updates"] == 0 and metrics["overlong"] == 0
-    trajectories, metrics = aem.train_step(tiny, optimizer, lottery(), config(overlong=0.9, max_turns=1), 1)
-    assert metrics["truncated"] == metrics["masked"] == 0 and min(metrics["updates"], metrics["overlong"]) > 0
-
-
-# ---------------------------------------------------------------- environments
-
-
-def test_household_expert_solves_every_task():
-    env, kinds = envs.make("household"), set()
-    for seed in range(500):
-        turns = env.demonstration(seed)
-        assert env.success and len(turns) <= 12, (seed, turns)
-        kinds.add(env.kind)
-    assert kinds == set(envs.TASKS)
-    noisy = [env.demonstration(seed, 0.5) and env.success for seed in range(200)]
-    assert 0.2 < sum(noisy) / 200 < 0.8  # demonstrations that are sometimes right
-
-
-def test_household_is_deterministic_and_rewards_as_it_says():
-    def play(seed):
-        env, rng = envs.Household(), random.Random(seed)
-        log = [env.reset(seed=seed)]
-        while not env.done:
-            log.append(env.step(rng.choice(env.admissible() + ["dance"])))
-        return log
-
-    assert all(play(seed) == play(seed) for seed in range(50))
-    assert len({str(play(seed)[0]) for seed in range(50)}) > 45
-    for seed in range(200):
-        *steps, last = play(seed)[1:]
-        for observation, reward, terminated, truncated, info in steps:
-            assert reward == -0.1 * info["invalid"] and not terminated and not truncated
-            assert (observation == "Nothing happens.") == info["invalid"]
-        assert last[2] != last[3] and last[2] == last[4]["success"]
-        assert last[1] == pytest.approx(10 * last[2] - 0.1 * last[4]["invalid"])
-
-
-def test_household_survives_rubbish():
-    env, rng = envs.Household(), random.Random(0)
-    words = "go to take put in from clean with use the desklamp fridge apple '\"` \x00 é 漢 <|end|> {} % [0] None".split()
-    env.reset(seed=0)
-    for i in range(10000):
-        text = " ".join(rng.choices(words, k=rng.randint(0, 6)))
-        text = text if i % 2 else "".join(map(chr, rng.choices(range(1, 0x2FFF), k=9)))
-        observation, reward, terminated, truncated, info = env.step(text)
-        assert isinstance(observation, str) and reward in (0.0, -0.1, 10.0, 9.9)
-        if terminated or truncated:
-            env.step("look")  # after the end: still an answer
-            env.reset(seed=i)
-
-
-def test_household_reads_actions_as_a_person_writes_them():
-    env = envs.Household()
-    env.reset(seed=1)
-    assert not env.step(f"  Go to the {env.places[0].upper()}. ")[4]["invalid"] and env.here == env.places[0]
-    assert env.step("go to the moon")[4]["invalid"]
-
-
-def test_a_task_is_solved_only_as_asked():
-    env = envs.Household()
-    kinds = iter(range(10**6))
-    while env.reset(seed=next(kinds))[1]["task_type"] != "heat":
-        pass
-    raw = next(o for o in env.objects if o[0] == env.object)
-    for action in (f"go to {raw[1]}", f"take {raw[0]} from {raw[1]}", f"go to {env.target}"):
-        env.step(action)
-    assert not env.step(f"put {raw[0]} in {env.target}")[4]["success"]  # in place, but cold
-    then = (f"take {raw[0]} from {env.target}", "go to microwave", f"heat {raw[0]} with microwave", f"go to {env.target}")
-    for action in then:
-        assert not env.step(action)[4]["success"]
-    assert env.step(f"put {raw[0]} in {env.target}")[1:3] == (10.0, True)
-
-
-def test_training_and_evaluation_tasks_do_not_overlap():
-    def tasks(seeds):
-        env = envs.Household()
-        return {(env.reset(seed=s)[0], str(env.objects), env.lamp) for s in seeds}
-
-    held_out = tasks(range(envs.HELD_OUT, envs.HELD_OUT + 1000))
-    trained = tasks(random.Random(0).sample(range(envs.HELD_OUT), 10000))
-    assert len(held_out) > 700 and len(trained) > 4000
-    assert not held_out & trained  # not only other seeds: other worlds
-
-
-def test_make_names_what_is_wrong():
-    assert isinstance(envs.make("test_aem:Echo"), Echo)
-    for name in ("nowhere", "no_such_module:Env", "envs:Nothing"):
-        with pytest.raises(ValueError, match=name):
-            envs.make(name)
-
-
-# ---------------------------------------------------------------- the sandbox and coding tasks
-contained = sys.platform == "linux" and envs.ctypes.CDLL(None).syscall(444, None, 0, 1) > 0  # the kernel has Landlock
-needs_sandbox = pytest.mark.skipif(not contained, reason="this system can't contain programs")
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    sandbox = envs.Sandbox(cpu_seconds=1)
-    yield sandbox
-    sandbox.close()
-
-
-def equal(a, b):
-    """What `grade` does to an expected value and a reply that went through JSON."""
-    return envs.same(envs.encode(a), json.loads(json.dumps(envs.encode(b))))
-
-
-def test_replies_are_compared_strictly():
-    class Liar(int):
-        __eq__ = lambda self, other: True  # noqa: E731
-        __hash__ = None
-
-    alike = [(1, 1), (1, 1.0), (0.1 + 0.2, 0.3), (10**400, 10**400), ([1, (2.0, None)], [1, (2, None)]), ({1, 2}, {2, 1})]
-    alike += [({"a": [1], 2: ()}, {2: (), "a": [1]})]
-    alike += [(float("inf"), float("inf")), ("é", "é"), (b"a", b"a"), (2j, 2j), ({}, {})]
-    assert all(equal(*pair) for pair in alike)
-    different = [(1, True), (0, False), (1, "1"), ([1], (1,)), ([1], [1, 1]), ({1}, [1]), ({1}, frozenset({1})), (None, 0)]
-    different += [(float("nan"), float("nan")), (10**400, 1.0), (1.0, 10**400), (1.0, 1.001)]
-    different += [(10**400, 10**400 + 1), ("", None), (b"a", b"b"), ("a", "b")]
-    different += [({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), (4, Liar(4)), (["tuple", 1], (1,)), ({}, [])]
-    assert not any(equal(*pair) or equal(*pair[::-1]) for pair in different)
-
-
-@needs_sandbox
-def test_the_sandbox_answers_and_judges(sandbox):
-    code = "print('noise')\ndef f(x, y=0):\n  if x < 0: raise ValueError('<|end|> \u202e no')\n  return (x, [y, 'é'])"
-    replies = sandbox.run(code, "f", [[1], [2, 3], [-1], [4]])
-    assert [reply.get("shown") for reply in replies] == ["(1, [0, 'é'])", "(2, [3, 'é'])", None, "(4, [0, 'é'])"]
-    assert replies[2]["error"].startswith("ValueError") and sandbox.run(code, "f", []) == []
-    verdict = sandbox.grade(code, "f", [([1], (1, [0, "é"])), ([2], [2, [0, "é"]]), ([-1], 0)])
-    assert verdict.passed == [True, False, False] and verdict.status == "failed"
-    assert verdict.feedback == r"f(2) returned (2, [0, '']), expected [2, [0, '\xe9']]"
-    raised = sandbox.grade(code, "f", [([-1], 0)])  # no special token of a tokenizer, nothing that isn't printed
-    assert raised == ([False], "error", "f(-1) failed (ValueError: end  no), expected 0")
-    known = {"def f(x) return x": "SyntaxError", "def g(x): return x": "'f' is not defined", "f = 3": "not callable"}
-    for program, words in known.items():
-        assert words in sandbox.grade(program, "f", [([1], 1)]).feedback
-    with pytest.raises(ValueError, match="no tests"):
-        sandbox.grade(code, "f", [])
-
-
-@needs_sandbox
-def test_the_sandbox_says_how_a_program_ended(sandbox):
-    programs = {
-        "passed": "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\ndef f(x): return x",
-        "timeout": "def f(x):\n  while True: pass",
-        "crashed": "import os\ndef f(x): os.kill(os.getpid(), 9) if False else os._exit(3)",
-        "flood": "def f(x): return 'x' * 2**21",
-        "error": "def f(x): return bytearray(2**30)",
-    }
-    for status, program in programs.items():
-        assert sandbox.grade(program, "f", [([1], 1)]).status == status, status
-    partly = sandbox.grade("def f(x):\n  while x > 1: pass\n  return x", "f", [([1], 1), ([2], 2), ([1], 1)])
-    assert partly == ([True, False, False], "timeout", "f(2) failed (timeout), expected 2")
-
-
-@needs_sandbox
-def test_many_threads_get_their_own_verdicts_and_leave_nothing(sandbox):
-    def trace():
-        children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
-        return len(os.listdir("/proc/self/fd")), children
-
-    def one(i):
-        wrong = i % 3 == 0
-        program, tests = f"def f(x): return x * {i} + {int(wrong)}", [([k], k * i) for k in range(4)]
-        return sandbox.grade(program, "f", tests).passed == [not wrong] * 4
-
-    before = trace()
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(one, range(400)))
-    assert trace() == before
-
-
-@needs_sandbox
-def test_a_sandbox_that_breaks_is_no_verdict():
-    sandbox = envs.Sandbox(workers=1)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(sandbox.grade, "import time\ntime.sleep(9)", "f", [([1], 1)])
-        time.sleep(0.3)
-        server = next(iter(Path(f"/proc/{os.getpid()}/task").glob("*/children"))).read_text().split()[-1]
-        os.kill(int(server), 9)
-        assert isinstance(running.exception(), envs.SandboxError)
-    with pytest.raises(envs.SandboxError, match="died"):
-        sandbox.run("", "f", [[1]])
-    sandbox.close()
-
-
-@needs_sandbox
-def test_an_interrupted_answer_is_never_taken_for_the_next_one(sandbox, monkeypatch):
-    sandbox = envs.Sandbox(workers=1)
-    monkeypatch.setattr(envs.json, "loads", lambda text: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        sandbox.run("def f(x): return 1", "f", [[1]])
-    monkeypatch.undo()
-    with pytest.raises(envs.SandboxError):
-        sandbox.run("def f(x): return 2", "f", [[1]])
-    sandbox.close()
-
-
-WITHOUT = """
-import ctypes, platform, struct, sys
-libc, (landlock, prctl, audit) = ctypes.CDLL(None), {"x86_64": (444, 157, 0), "aarch64": (444, 167, 0)}[platform.machine()]
-if sys.argv[1] == "Landlock":  # an old kernel: ENOSYS
-    code = [(32, 0, 0, 0), (53, 0, 2, 444), (37, 1, 0, 446), (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)]
-else:  # a kernel without seccomp filters: EINVAL
-    code = [(32, 0, 0, 0), (21, 0, 3, prctl), (32, 0, 0, 16), (21, 0, 1, 22), (6, 0, 0, 0x50016), (6, 0, 0, 0x7FFF0000)]
-data = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-libc.prctl(38, 1, 0, 0, 0)
-assert libc.prctl(22, 2, (ctypes.c_uint64 * 2)(len(code), ctypes.addressof(data)), 0, 0) == 0
-sys.path.insert(0, sys.argv[2])
-import envs
-print(len(envs.make("household").demonstration(1)) > 1)
-try:
-    envs.make("code")
-except envs.SandboxError as error:
-    print(error)
-"""
-
-
-@needs_sandbox
-@pytest.mark.parametrize("layer", ["Landlock", "seccomp"])
-def test_where_a_layer_is_missing_coding_is_refused_and_household_works(layer):
-    command = [sys.executable, "-c", WITHOUT, layer, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    works, sentence = done.stdout.splitlines()
-    assert sentence == f"programs can't be contained here, missing or forbidden: ['{layer}']"
-    assert works == "True" and not done.stderr
-
-
-def test_other_platforms_are_refused(monkeypatch):
-    monkeypatch.setattr(envs.sys, "platform", "darwin")
-    with pytest.raises(envs.SandboxError, match="Linux"):
-        envs.Sandbox()
-    assert envs.make("household").reset(seed=1)
-
-
-@needs_sandbox
-@pytest.mark.parametrize("user", [[], ["--user"]])
-def test_hostile_programs_are_contained(user):
-    script = Path(__file__).parent / "experiments" / "hostile.py"
-    done = subprocess.run([sys.executable, script, *user], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and ("0 not contained" in done.stdout or "skipped" in done.stdout), done.stdout + done.stderr
-
-
-TASK = {"prompt": "Write middle(items): the middle item, or the mean of the two.", "entry_point": "middle"}
-TASK["tests"] = ["assert middle([3, 1, 2]) == 2", "assert middle([4, 1, 2, 3]) == 2.5", "assert middle([1]) == 1"]
-TASK["tests"] += ["assert middle([5, 1]) == 3", "assert middle([9, 8, 7]) == 8", "assert middle([0, 0]) == 0.0"]
-
-
-@needs_sandbox
-def test_a_conversation_in_which_the_agent_mends_its_program(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps(TASK))
-    env = envs.Code(max_turns=4, dataset=str(path))
-    prompt, _ = env.reset(seed=0)
-    assert prompt == TASK["prompt"] + "\nA test: middle([3, 1, 2]) == 2" and len(env.public) == 2 and len(env.hidden) == 4
-    thought = "Thought: it is in the middle.\n```python\nx = 'not this one'\n```\nRather:\n```python\n{}\n```\nDone."
-    observation, reward, terminated, truncated, info = env.step("Thought: I have to think about middle first.")
-    assert (reward, terminated, truncated, info) == (-0.1, False, False, {"success": False, "invalid": True})
-    observation, reward, terminated, _, info = env.step(thought.format("def middle(items): return items[len(items) // 2]"))
-    assert observation == "middle([3, 1, 2]) returned 1, expected 2" and reward == 0 and not terminated and not info["invalid"]
-    observation, *_ = env.step(thought.format("def middle(items): return sorted(items)[len(items) // 2]"))
-    assert observation == "middle([4, 1, 2, 3]) returned 3, expected 2.5"
-    good = "import statistics\ndef middle(items):\n  return statistics.median(items)"
-    cut_off = thought.format(good)[: -len("\n```\nDone.")]  # at the token limit: the block isn't closed
-    observation, reward, terminated, truncated, info = env.step(cut_off)
-    assert (observation, reward, terminated, truncated) == ("The tests pass.", 10.0, True, False) and info["success"]
-    assert env.step(good)[1] == 0.0  # it is over
-
-
-@needs_sandbox
-def test_the_hidden_tests_decide_and_are_never_shown(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps(TASK))
-    env = envs.Code(dataset=str(path))
-    env.reset(seed=0)
-    observation, reward, terminated, truncated, info = env.step("def middle(items): return 2.5 if len(items) == 4 else 2")
-    assert (observation, reward, terminated, info["success"]) == ("The tests pass.", 0.0, True, False)
-    env.reset(seed=0)
-    shown = [env.step(f"def middle(items): return {i}")[0] for i in range(3)]
-    assert env.done and not any("[9, 8, 7]" in text or "[5, 1]" in text for text in shown)
-
-
-@needs_sandbox
-def test_embedded_coding_tasks():
-    env, first, later = envs.make("code"), 0, 0
-    for seed in range(300):
-        (observation, program), *rest = env.demonstration(seed)
-        assert not rest and observation == env.reset(seed=seed)[0] == env.reset(seed=seed)[0]
-        tries = env.demonstration(seed, 0.5)
-        first, later = first + (len(tries) == 1), later + (1 < len(tries) < 3)
-        if seed < 20:
-            assert env.step(program)[1:3] == (10.0, True)
-            env.reset(seed=seed)
-            for i, (_, attempt) in enumerate(tries):  # what a demonstration shows is what the environment says
-                answer = env.step(attempt)[0]
-                assert i + 1 == len(tries) or answer == tries[i + 1][0]
-    assert 20 < first < 200 and 10 < later
-    prompts = [{env.reset(seed=seed)[0] for seed in range(start, start + 3000)} for start in (0, envs.HELD_OUT)]
-    assert len(prompts[0]) > 1000 and len(prompts[1]) > 200 and not prompts[0] & prompts[1]  # other tasks, not only other seeds
-
-
-@needs_sandbox
-def test_code_survives_rubbish():
-    env, rng = envs.make("code"), random.Random(0)
-    words = "def f(x): return x + 3 ``` ```python\n \n ( ) \x00 é 漢 \ud800 <|end|> f = lambda import class".split(" ")
-    for i in range(200):
-        env.reset(seed=i)
-        observation, reward, *_ = env.step(" ".join(rng.choices(words, k=rng.randint(0, 12))))
-        assert observation.isprintable() and len(observation) < 2100 and reward in (0.0, -0.1, 10.0)
-
-
-HUMANEVAL = {
-    "task_id": "HumanEval/0", "prompt": 'def double(x: int) -> int:\n    """ Twice x. """\n', "canonical_solution": "...",
-    "test": "METADATA = {}\n\ndef check(candidate):\n    assert candidate(1) == 2, 'message'\n    assert candidate(-3) == -6\n"
-    "    assert abs(candidate(2) - 4) < 1e-6\n    assert True, 'always'\n", "entry_point": "double",
-}  # fmt: skip
-MBPP = {
-    "task_id": 601, "text": "Write a function to sort a list of tuples.", "code": "...", "test_setup_code": "",
-    "test_list": ["assert order([('b', 1), ('a', 2)]) == [('a', 2), ('b', 1)]", "assert order([]) == []", "assert not order([])"],
-    "challenge_test_list": [],
-}  # fmt: skip
-
-
-def test_data_sets_become_inputs_and_expected_values(tmp_path, capsys):
-    for name, row in (("humaneval", HUMANEVAL), ("mbpp", MBPP)):  # folders with a file, as a download has them
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.jsonl").write_text(json.dumps(row) + "\n")
-    (prompt, entry, tests), = envs.load_tasks(str(tmp_path / "humaneval"))
-    assert prompt.startswith("def double") and entry == "double" and tests == [([1], 2), ([-3], -6)]
-    assert "2 tests of another form" in capsys.readouterr().out
-    (prompt, entry, tests), = envs.load_tasks(str(tmp_path / "mbpp"))
-    assert entry == "order" and "A test: order([('b', 1), ('a', 2)]) == [('a', 2), ('b', 1)]" in prompt
-    assert tests == [([[("b", 1), ("a", 2)]], [("a", 2), ("b", 1)]), ([[]], [])]
-    assert "1 of 1 tasks" in capsys.readouterr().out
-    act = f"assert middle(open({str(tmp_path / 'run')!r}, 'w')) == 1"
-    evil = TASK | {"tests": TASK["tests"] + [act, "import os\nos.abort()"]}
-    (tmp_path / "own.jsonl").write_text(json.dumps(TASK) + "\n" + json.dumps(evil) + "\n")
-    assert [len(tests) for _, _, tests in envs.load_tasks(str(tmp_path / "own.jsonl"))] == [6, 6]
-    assert not (tmp_path / "run").exists()  # parsed, not run
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (json.dumps(TASK) + '\n{"prompt": "half', "row 2: Unterminated string"),
-        ('{"prompt": 3, "tests": ["assert f(1) == 1"]}', 'row 1: it needs a text "prompt"'),
-        (json.dumps(TASK) + "\n" + json.dumps(TASK | {"tests": "assert"}), "row 2: it needs a text"),
-        (json.dumps(TASK | {"tests": [3]}), "row 1: it needs a text"),
-        (json.dumps(TASK | {"tests": ["assert middle(1 == 2"]}), "row 1: '(' was never closed"),
-        *((json.dumps(TASK | {"entry_point": e}), "row 1: it needs a text") for e in (3, "Middle().of", "middle(")),
-        ("[1, 2]", "row 1: "),
-        (json.dumps(TASK | {"tests": TASK["tests"][:1]}), "0 of 1 tasks"),
-        ("", "0 of 0 tasks"),
-        (None, "No such file"),
-    ],
-)  # fmt: skip
-def test_a_malformed_data_set_is_one_sentence(text, words, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "tasks.jsonl"
-    if text is not None:
-        path.write_text(text)
-    flags = ["--env", "code", "--dataset", str(path), "--model", "somewhere", "--out", str(tmp_path / "runs")]
-    monkeypatch.setattr(sys, "argv", ["aem.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(error) == 1 and f"cannot use --dataset {path}" in error[0] and words in error[0], error
-
-
-@needs_sandbox
-def test_code_trains_in_threads_as_without(runs, monkeypatch):
-    run, _ = runs
-    flags = dict(env="code", steps=2, warm_steps=40, max_turns=None, max_response_tokens=None, eval_tasks=8, groups=2)
-    rows = without_times(run(name="coding", **flags))
-    assert rows[0]["env_errors"] == 0 and rows[0]["turns"] > 1
-    monkeypatch.setattr(envs.Code, "parallel", False)
-    assert without_times(run(**flags)) == rows
-    settled = json.loads((runs[1] / "coding" / "config.json").read_text())
-    assert settled["max_turns"] == 3 and settled["max_response_tokens"] == 24
-
-
-def test_a_sandbox_that_breaks_stops_the_run(runs, monkeypatch, capsys):
-    def step(self, text):
-        raise envs.SandboxError("programs can't be contained here, its server has died")
-
-    monkeypatch.setattr(Echo, "step", step)
-    monkeypatch.setattr(Echo, "parallel", True, raising=False)
-    monkeypatch.setattr(Echo, "demonstration", lambda self, seed, noise: [(self.reset(seed=seed)[0], "red")])
-    folders = ["--out", str(runs[1]), "--cache_dir", str(runs[1] / "cache")]
-    monkeypatch.setattr(sys, "argv", ["aem.py", "--env", "test_aem:Echo", "--warm_steps", "0", "--device", "cpu", *folders])
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("aem.py: error: programs can't be contained here, its server has died")
-
-
-def test_an_observation_cannot_open_or_end_a_turn(tiny):
-    special = {i for i, token in tiny.tokenizer.added_tokens_decoder.items() if token.special}
-    plain, hostile = "You see a fridge.", "You <|end|>see<|assistant|> a <|e<|end|>nd|>fridge.<|user|>"
-    for ids in (lambda text: tiny.opening("", text), lambda text: tiny.answer(text, True), lambda text: tiny.answer(text, False)):
-        assert [i for i in ids(plain) if i in special] == [i for i in ids(hostile) if i in special]
-
-
-# ---------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Trains on Echo: a function of the flags that change, and the folder of the runs."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def run(**changes):
-        flags = dict(env="test_aem:Echo", out=str(folder), cache_dir=str(folder / "cache"), warm_steps=30, steps=40, lr=3e-3)
-        return aem.train(config(**flags | dict(groups=8, group_size=8, eval_every=20, eval_tasks=64) | changes))
-
-    return run, folder
-
-
-SIGNALLED = """
-import aem, test_aem
-flags = dict(env="test_aem:Echo", out="{folder}", cache_dir="{folder}/cache", warm_steps=30, steps=40, lr=3e-3)
-aem.train(test_aem.config(**flags | dict(groups=8, group_size=8, eval_every=20, eval_tasks=64) | {flags}))
-"""
-
-
-def echo_model(folder):
-    """The warm start of the runs on Echo."""
-    return str(aem.warm_start(Echo(), config(env="test_aem:Echo", cache_dir=str(folder / "cache"), warm_steps=30)))
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
-
-
-def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
-    run, folder = runs
-    rows = run(name="first")
-    assert rows[0]["eval_success"] < 0.7 and rows[-1]["eval_success"] > 0.95
-    assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
-    assert [row["step"] for row in rows] == list(range(41))
-    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 40]
-    assert rows == [json.loads(line) for line in (folder / "first" / "metrics.jsonl").read_text().splitlines()]
-    wanted = "step success reward response_entropy token_entropy alpha_min alpha_max turns response_tokens invalid_actions loss"
-    wanted += " grad_norm clip_fraction rollout_seconds update_seconds"
-    assert all(isinstance(row[name], (int, float)) for row in rows for name in wanted.split())
-    assert set(rows[-1]["eval_by_type"]) == set(Echo.words)
-    assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
-    assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    text = (folder / "first" / "trajectories.txt").read_text()
-    assert "H_bar" in text and "alpha" in text and "advantage" in text and "step 40" in text
-    again = run(model=str(folder / "first"), steps=0, name="evaluated")  # the checkpoint is the trained policy
-    assert again[0]["eval_success"] == rows[-1]["eval_success"]
-
-
-def same_run(a, b):
-    """Whether two runs' folders hold the same, to the last bit: metrics but for seconds, trajectories, weights, AdamW's state."""
-    rows = [without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]) for run in (a, b)]
-    texts = [(run / "trajectories.txt").read_text() for run in (a, b)]
-    weights = [(run / "checkpoint" / "model.safetensors").read_bytes() for run in (a, b)]
-    return rows[0] == rows[1] and texts[0] == texts[1] and weights[0] == weights[1]
-
-
-@pytest.mark.parametrize("killed", [1, 3, 4, 6])  # before the first checkpoint, after one, ...
-def test_a_resumed_run_equals_an_uninterrupted_one(runs, monkeypatch, killed):
-    run, folder = runs
-    flags = dict(steps=7, save_every=3, eval_every=2, keep=1, minibatches=2, resume="auto", kl_coef=0.01)
-    if not (folder / "whole").exists():
-        run(name="whole", **flags)
-    plain = aem.train_step
-
-    def step_or_die(*args):
-        if args[-1] == killed:
-            raise RuntimeError("killed")  # nothing is saved any more
-        return plain(*args)
-
-    monkeypatch.setattr(aem, "train_step", step_or_die)
-    with pytest.raises(RuntimeError):
-        run(name=f"killed{killed}", **flags)
-    monkeypatch.setattr(aem, "train_step", plain)
-    run(name=f"killed{killed}", **flags)
-    assert same_run(folder / "whole", folder / f"killed{killed}")
-    assert [p.name for p in (folder / f"killed{killed}" / "checkpoints").iterdir()] == ["step-000007"]  # the newest
-
-
-def test_a_run_is_resumed_with_its_own_settings_only(runs):
-    run, folder = runs
-    run(name="own", steps=1, lr=1e-3)
-    with pytest.raises(aem.UsageError, match="--lam, --lr"):
-        run(name="own", steps=2, lr=2e-3, lam=0.5, resume="auto")
-    assert len(run(name="own", steps=2, lr=1e-3, eval_every=1, keep=3, resume="auto")) == 3  # these may change
-    assert len(run(name="own", steps=2, lr=1e-3, resume="auto")) == 3  # it had come to its end
-    fresh = run(name="not there", steps=0, resume="auto")  # nothing to resume: a new run
-    assert len(fresh) == 1
-
-
-def test_the_run_that_has_a_checkpoint_is_the_one_to_resume(runs):
-    run, folder = runs
-    flags = dict(steps=1, resume="auto", out=str(folder / "mine"))
-    run(**flags)
-    first, = (folder / "mine").iterdir()
-    (folder / "mine" / f"{first.name[:-1]}2").mkdir()  # another was stopped before its first step
-    (folder / "mine" / f"{first.name[:-1]}1.log").touch()
-    assert len(run(**flags | dict(steps=2))) == 3 and (first / "checkpoints" / "step-000002").is_dir()
-    run(**flags, name="a[1]")
-    assert len(run(**flags | dict(steps=2), name="a[1]")) == 3
-
-
-def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, tmp_path):
-    for name in aem.LOGS:
-        (tmp_path / name).touch()
-    weights = []
-    for kind in ("plain", "saved", "loaded"):
-        policy = aem.Policy(copy.deepcopy(tiny.model), tiny.tokenizer)
-        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01, weight_decay=0.0)
-        if kind == "saved":
-            aem.save_checkpoint(tmp_path, policy, optimizer, 1, 2)
-        if kind == "loaded":
-            assert aem.load_checkpoint(tmp_path, policy, optimizer) == 2
-        for p in policy.model.parameters():
-            p.grad = torch.full_like(p, 0.5)
-        optimizer.step()
-        weights.append(torch.cat([p.flatten() for p in policy.model.parameters()]))
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    environments = [Echo() for _ in range(16)]
+    trajectories, metrics = aem.train_step(tiny, frozen(tiny), environments, cfg, 1)
+    assert all(t.truncated and t.masked for t in trajectories)
+    assert metrics["truncated"] == metrics["masked"] == 16
+    assert metrics["updates"] == metrics["overlong"] == 0
+    change_row(monkeypatch, "grpo", overlong=0.9)
+    _, metrics = aem.train_step(tiny, frozen(tiny), lottery(), config(max_turns=1), 1)
+    assert metrics["truncated"] == metrics["masked"] == 0
+    assert metrics["updates"] > 0 and metrics["overlong"] > 0
+
+
+def test_a_step_shows_a_alpha_and_their_product(tiny):
+    trajectories, metrics = aem.train_step(tiny, frozen(tiny), lottery(), config(), 0)
+    base = aem.assign_credit(trajectories, config()).tolist()
+    alphas = aem.modulate(trajectories, config(), 0).tolist()
+    responses = aem.responses_of(trajectories)
+    assert [r.alpha for r in responses] == alphas and any(base)
+    assert [r.advantage for r in responses] == [a * alpha for a, alpha in zip(base, alphas)]
+    assert metrics["alpha_max"] == max(alphas) and metrics["alpha_min"] == min(alphas)
+    negative = sum(a < 0 for a in base) / len(base)
+    assert metrics["negative"] == pytest.approx(negative)
+    measured_in_updates = {"updates", "loss", "grad_norm", "clip_fraction", "kl", "logp_gap"}
+    assert not measured_in_updates & set(metrics)  # step 0 has none: no zeros that nobody measured
 
 
 def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
-    first = dict(eval_success=0.5, eval_by_type={"a": 0.5}, eval_tasks=8)
-    last = dict(eval_success=0.75, eval_by_type={"a": 1.0, "b": 0.5}, eval_tasks=8)
+    first = {"eval_success": 0.5, "eval_by_type": {"a": 0.5}, "eval_tasks": 8}
+    last = {"eval_success": 0.75, "eval_by_type": {"a": 1.0, "b": 0.5}, "eval_tasks": 8}
     aem.report(Path("runs/x"), [first, {}, last, {}], 1)
     assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_its_step(runs, number, code):
+# ------------------------------------------------------------------------------ 7. the run
+def folder_rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_run(a, b):
+    """Two runs' folders hold the same, to the last bit: metrics but for seconds, texts, weights."""
+    assert without_times(folder_rows(a)) == without_times(folder_rows(b))
+    for name in ("trajectories.txt", "checkpoint/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def echo_model(folder):
+    """The warm start of the runs on Echo."""
+    flags = {"env": "test_aem:Echo", "cache_dir": f"{folder}/cache", "warm_steps": 30}
+    return str(aem.warm_start(Echo(), config(**flags)))
+
+
+def test_a_tiny_run_learns_and_leaves_everything_behind(runs):
     run, folder = runs
-    flags = dict(name=f"signal{code}", resume="auto", save_every=100)
-    command = [sys.executable, "-c", SIGNALLED.format(flags=flags, folder=str(folder))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(aem.__file__).parent)
-    metrics = folder / flags["name"] / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "--resume auto" in errors and "Traceback" not in errors
-    done = len(metrics.read_text().splitlines())
-    assert 3 <= done < 41 and len(run(**flags)) == 41
-    if not (folder / "first").exists():
-        run(name="first")
-    assert same_run(folder / "first", folder / flags["name"])
+    rows = run(name="first", steps=30)
+    assert rows[0]["eval_success"] < 0.7 and rows[-1]["eval_success"] > 0.95
+    assert rows[-1]["response_entropy"] < rows[0]["response_entropy"]
+    assert [row["step"] for row in rows] == list(range(31))
+    assert [row["step"] for row in rows if "eval_success" in row] == [0, 20, 30]
+    assert rows == folder_rows(folder / "first")
+    wanted = {"step", "success", "reward", "response_entropy", "token_entropy", "alpha_min"}
+    wanted |= {"alpha_max", "turns", "response_tokens", "invalid_actions", "rollout_seconds"}
+    assert all(isinstance(row[name], (int, float)) for row in rows for name in wanted)
+    assert "loss" not in rows[0]  # step 0 has no update: nothing is written that nobody measured
+    assert {"loss", "grad_norm", "clip_fraction", "update_seconds"} < set(rows[1])
+    assert set(rows[-1]["eval_by_type"]) == set(Echo.words)
+    assert json.loads((folder / "first" / "config.json").read_text())["name"] == "first"
+    assert (folder / "first" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    text = (folder / "first" / "trajectories.txt").read_text()
+    assert all(word in text for word in ("H_bar", "alpha", "advantage", "step 30"))
+    again = run(model=str(folder / "first"), steps=0, name="evaluated")
+    assert again[0]["eval_success"] == rows[-1]["eval_success"]  # it is the trained policy
+
+
+WHOLE = {"steps": 7, "save_every": 2, "eval_every": 2, "resume": "auto", "kl_coef": 0.01}
+WHOLE |= {"eval_tasks": 16}
+
+
+@pytest.fixture(scope="session")
+def whole(runs):
+    """The folder of a run that nothing interrupts."""
+    run, folder = runs
+    run(name="whole", **WHOLE)
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("killed", [1, 3, 6])  # before the first checkpoint, after one, after two
+def test_a_resumed_run_equals_an_uninterrupted_one(runs, whole, monkeypatch, killed):
+    run, folder = runs
+    train_step = aem.train_step
+
+    def step_or_die(*args):
+        if args[-1] == killed:
+            raise RuntimeError("killed")  # nothing is saved any more
+        return train_step(*args)
+
+    monkeypatch.setattr(aem, "train_step", step_or_die)
+    with pytest.raises(RuntimeError):
+        run(name=f"killed{killed}", **WHOLE)
+    monkeypatch.setattr(aem, "train_step", train_step)
+    run(name=f"killed{killed}", **WHOLE)
+    check_same_run(whole, folder / f"killed{killed}")
+    saved = sorted(p.name for p in (folder / f"killed{killed}" / "checkpoints").iterdir())
+    assert saved == ["step-000006.pt", "step-000007.pt"]  # the newest two, no partial one
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(runs):
+    run, folder = runs
+    flags = {"name": "own", "groups": 2, "lr": 1e-3, "eval_tasks": 8}
+    run(steps=1, **flags)
+    with pytest.raises(aem.UsageError, match="--lam, --lr"):
+        run(steps=2, resume="auto", **flags | {"lr": 2e-3, "lam": 0.5})
+    assert len(run(steps=2, eval_every=1, resume="auto", **flags)) == 3  # these may change
+    assert len(run(steps=2, resume="auto", **flags)) == 3  # it had come to its end
+    newest = folder / "own" / "checkpoints" / "step-000002.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(aem.UsageError, match="step-000002.pt is broken"):
+        run(steps=3, resume="auto", **flags)
+    newest.unlink()
+    assert len(run(steps=3, resume="auto", **flags)) == 4  # from the one before
+    assert len(run(name="not there", steps=0, resume="auto")) == 1  # a new run
+
+
+def test_a_run_without_a_name_resumes_its_newest(runs):
+    run, folder = runs
+    flags = {"resume": "auto", "groups": 2, "eval_tasks": 8, "out": str(folder / "mine")}
+    run(steps=1, **flags)
+    (first,) = (folder / "mine").iterdir()
+    assert len(run(steps=2, **flags)) == 3
+    assert (first / "checkpoints" / "step-000002.pt").exists()
+    run(steps=1, name="a[1]", **flags)
+    assert len(run(steps=2, name="a[1]", **flags)) == 3
+
+
+def test_a_checkpoint_holds_a_tied_head_once(whole):
+    state = torch.load(whole / "checkpoints" / "step-000007.pt")
+    assert "lm_head.weight" not in state["weights"]
+    assert "model.embed_tokens.weight" in state["weights"]
+    numbers = sum(p.numel() for p in state["weights"].values())
+    size = (whole / "checkpoints" / "step-000007.pt").stat().st_size
+    assert 3 * 4 * numbers < size < 3.5 * 4 * numbers  # weights and AdamW's two moments
+
+
+def arguments(flags):
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+MAIN = "import sys, aem; sys.argv = ['aem.py', *sys.argv[1:]]; aem.main()"
+
+
+def test_a_signal_ends_the_run_after_its_step(runs, whole):
+    run, folder = runs
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        flags = WHOLE | {"name": f"signal{number}"}
+        processes[number] = python(MAIN, *arguments(run_flags(folder) | flags))
+    for number, process in processes.items():
+        interrupted = folder / f"signal{number}"
+        metrics = interrupted / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(number)
+    for number, process in processes.items():
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in errors
+        assert "--resume auto" in errors
+        interrupted = folder / f"signal{number}"
+        assert 2 <= len(folder_rows(interrupted)) < 8
+        run(**WHOLE, name=interrupted.name)
+        check_same_run(whole, interrupted)
+
+
+SLEEPING = """
+import time, aem
+def step(*args):
+    print("ready", flush=True)
+    for _ in range(100):
+        time.sleep(0.1)
+aem.one_step = step
+"""
+
+
+def test_a_second_signal_ends_the_run_at_once(runs):
+    _, folder = runs
+    flags = run_flags(folder) | {"name": "twice", "model": echo_model(folder)}
+    process = python(SLEEPING + MAIN, *arguments(flags))
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first one waits for the step
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=8)
+    assert process.returncode in (130, -signal.SIGINT)
 
 
 def test_the_first_crash_is_kept_and_counted(runs, monkeypatch):
     run, folder = runs
     monkeypatch.setattr(Crashing, "step", Echo.step)
-    rows = run(name="crashes", model=echo_model(folder), env="test_aem:Crashing", steps=2, groups=16, group_size=2)
+    flags = {"model": echo_model(folder), "env": "test_aem:Crashing", "groups": 16}
+    rows = run(name="crashes", steps=2, group_size=2, **flags)
     assert sum(row["env_errors"] for row in rows) > 0
     text = (folder / "crashes" / "env_error.txt").read_text()
-    assert text.startswith("Traceback") and ("boom" in text or "no such task" in text)
+    assert text.startswith("Traceback") and "no such task" in text
 
 
-def test_a_full_disk_ends_the_run_with_a_sentence_and_its_last_checkpoint(runs):
-    run, folder = runs
-    flags = dict(name="full", resume="auto", steps=12, save_every=2, eval_every=4)
-    limited = f"""
-import resource, aem, test_aem, sys
-plain = aem.save_checkpoint
-def save(run, policy, optimizer, step, keep):
+FULL = """
+import resource, aem
+save = aem.save_checkpoint
+def save_or_fail(run, policy, optimizer, step):
     if step == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-    plain(run, policy, optimizer, step, keep)
-aem.save_checkpoint = save
-flags = dict(env="test_aem:Echo", out={str(folder)!r}, cache_dir={str(folder / "cache")!r}, warm_steps=30, lr=3e-3)
-flags |= dict(groups=8, group_size=8, eval_tasks=64, device="cpu", max_turns=3, max_response_tokens=6)
-sys.argv = ["aem.py", *(f"--{{k}}={{v}}" for k, v in (flags | {flags!r}).items())]
-aem.main()
+    save(run, policy, optimizer, step)
+aem.save_checkpoint = save_or_fail
 """
-    command = [sys.executable, "-c", limited]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(aem.__file__).parent)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert all(words in ended.stderr for words in ("disk", f"--out {folder}", "--resume auto"))
-    assert sorted(p.name for p in (folder / "full" / "checkpoints").glob("step-??????")) == ["step-000002", "step-000004"]
-    assert len(run(**flags)) == 13
 
 
-def test_gpu_out_of_memory_names_the_flags_that_help(monkeypatch, capsys, tmp_path):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-
-    monkeypatch.setattr(aem, "train", full)
-    monkeypatch.setattr(sys, "argv", ["aem.py"])
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
-    assert "--micro_batch_tokens" in error and "--lora_rank" in error and "2 GiB" in error
+@pytest.mark.xfail(strict=True, reason="faults.txt, 4")
+def test_a_full_disk_ends_the_run_with_a_sentence_and_its_last_checkpoint(runs, whole):
+    run, folder = runs
+    flags = WHOLE | {"name": "full"}
+    process = python(FULL + MAIN, *arguments(run_flags(folder) | flags))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    assert "aem.py: error: " in errors.splitlines()[-1]
+    saved = sorted(p.name for p in (folder / "full" / "checkpoints").glob("*.pt"))
+    assert saved == ["step-000002.pt", "step-000004.pt"]
+    run(**flags)
+    check_same_run(whole, folder / "full")
 
 
 def test_steps_0_is_pure_evaluation(runs, monkeypatch, capsys):
     run, folder = runs
-    model = echo_model(folder)
     monkeypatch.setattr(aem, "train_step", lambda *args: pytest.fail("trained"))
-    row, = run(name="evaluation", model=model, steps=0, eval_tasks=100)
-    out = capsys.readouterr().out
-    n, p = 100, row["eval_success"]  # Wilson's interval: the two p0 with (p - p0)^2 = 1.96^2 p0 (1 - p0) / n
-    low, high = (float(x) / 100 for x in re.search(r"95 % interval.*?([\d.]+)% to ([\d.]+)% \(100 tasks\)", out).groups())
-    for bound in (low, high):
+    flags = {"model": echo_model(folder), "steps": 0}
+    (row,) = run(name="evaluation", eval_tasks=100, **flags)
+    printed = capsys.readouterr().out
+    n, p = 100, row["eval_success"]
+    found = re.search(r"95 % interval.*?([\d.]+)% to ([\d.]+)% \(100 tasks\)", printed)
+    low, high = (float(x) / 100 for x in found.groups())
+    for bound in (low, high):  # Wilson's: (p - bound)^2 = 1.96^2 bound (1 - bound) / n
         assert (p - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / n, abs=2e-4)
     assert low < p < high
-    assert {f.name for f in (folder / "evaluation").iterdir()} == {"config.json", "metrics.jsonl", "trajectories.txt"}
+    files = {"config.json", "metrics.jsonl", "trajectories.txt", "curves.png"}
+    assert {file.name for file in (folder / "evaluation").iterdir()} <= files
 
 
-def halved(trajectories, cfg, plain=aem.assign_credit):
-    """Credit in a world where the first half of all groups never succeeds: nothing to learn from one process's trajectories."""
-    for t in trajectories[: len(trajectories) // 2]:
-        t.reward = 0.0
-    plain(trajectories, cfg)
-
-
-DISTRIBUTED = {  # groups that no two processes share evenly, responses of all lengths, micro-batches of a few trajectories
-    "grpo": dict(epochs=2, kl_coef=0.01, recompute_old_logps=True, lr=1e-4),
-    "gspo": dict(estimator="gspo", gradient_checkpointing=True, lr=1e-4),
-    "dapo": dict(estimator="dapo", lr=1e-4),
-    "halved": dict(lr=1e-4),
-    "idle": dict(groups=1, group_size=2, minibatches=1, micro_batch_tokens=10**6, eval_tasks=3, lr=1e-4),  # one micro-batch
-    "grown": dict(steps=2, lr=1e-4),
+PARTS = {"epochs": 2, "kl_coef": 0.01, "recompute_old_logps": True}
+DISTRIBUTED = {  # groups that no two processes share evenly, responses of all lengths
+    "grpo": PARTS,
+    "gspo": {"estimator": "gspo"},
+    "dapo": {"estimator": "dapo", "max_resample": 50},
+    # a single micro-batch: one process has nothing to learn from
+    "idle": {"groups": 1, "group_size": 6, "minibatches": 1, "micro_batch_tokens": 10**6},
 }
-SMALL = dict(groups=5, group_size=3, steps=3, eval_every=2, eval_tasks=23, save_every=2, micro_batch_tokens=150, minibatches=2)
+SMALL = {"groups": 5, "group_size": 3, "steps": 2, "eval_every": 2, "eval_tasks": 23}
+SMALL |= {"micro_batch_tokens": 150, "lr": 1e-4}
 TWO = """
 import pathlib, sys, torch, aem, test_aem
 torch.set_num_threads(1)
+out, cache = sys.argv[1:]
 for name, flags in test_aem.DISTRIBUTED.items():
-    aem.assign_credit = test_aem.halved if name == "halved" else test_aem.halved.__defaults__[0]
-    common = dict(env="test_aem:Echo", out=sys.argv[1], cache_dir=sys.argv[2], warm_steps=30, name=name)
-    aem.train(test_aem.config(**common | test_aem.SMALL | flags))
-    assert pathlib.Path(sys.argv[1], name, "curves.png").exists()  # the first process wrote it,
-    assert pathlib.Path(sys.argv[1], name, "checkpoint", "tokenizer.json").exists()  # and this after all else
+    flags = test_aem.SMALL | flags | {"out": out, "cache_dir": cache, "name": name}
+    aem.train(aem.Config(**test_aem.run_flags(out) | flags))
+    assert pathlib.Path(out, name, "curves.png").exists()  # the first process wrote it,
+    assert pathlib.Path(out, name, "checkpoint", "tokenizer.json").exists()  # and this after all
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(runs, tmp_path, monkeypatch):
+def test_two_processes_equal_one(runs, tmp_path):
     run, folder = runs
-    run(name="before all", steps=0)  # the warm start
+    echo_model(folder)
     (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
-    ended = subprocess.run(
-        [*command, str(tmp_path), str(folder / "cache")], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(aem.__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    learned = []
+    start = "from torch.distributed.run import main; main()"
+    two = ["--nproc_per_node", "2", tmp_path / "two.py", tmp_path, folder / "cache"]
+    process = python(start, *two)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    updates = 0
     for name, flags in DISTRIBUTED.items():
-        monkeypatch.setattr(aem, "assign_credit", halved if name == "halved" else halved.__defaults__[0])
-        one = run(name=f"one process, {name}", **SMALL | flags)
-        two = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-        for a, b in zip(without_times(one), without_times(two), strict=True):
-            a, b = a | a.pop("eval_by_type", {}), b | b.pop("eval_by_type", {})
-            assert a == pytest.approx(b, abs=1e-5), name
-            learned.append(a.get("updates"))
-        states = [
-            transformers.AutoModelForCausalLM.from_pretrained(path / "checkpoint").state_dict()
-            for path in (folder / f"one process, {name}", tmp_path / name)
-        ]
-        assert all(torch.allclose(states[0][k], states[1][k], atol=1e-5) for k in states[0]), name
-        files = [(path / "checkpoint" / "config.json").read_text() for path in (folder / f"one process, {name}", tmp_path / name)]
-        assert files[0] == files[1]
-    assert sum(u > 0 for u in learned if u is not None) > 10
-    flags = SMALL | DISTRIBUTED["grown"] | dict(steps=4)
-    whole = run(name="never grown", **flags)
-    resumed = run(name="grown", out=str(tmp_path), resume="auto", **flags)  # begun by two processes, ended by one
-    assert [a["response_entropy"] for a in resumed] == pytest.approx([a["response_entropy"] for a in whole], abs=1e-5)
+        flags = SMALL | flags
+        rows = run(name=f"one process, {name}", **flags)
+        weights = []
+        for path in (folder / f"one process, {name}", tmp_path / name):
+            model = transformers.AutoModelForCausalLM.from_pretrained(path / "checkpoint")
+            weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert torch.allclose(*weights, atol=1e-5), name
+        pairs = zip(without_times(rows), without_times(folder_rows(tmp_path / name)), strict=True)
+        for one, other in pairs:
+            one |= one.pop("eval_by_type", {})
+            other |= other.pop("eval_by_type", {})
+            assert one == pytest.approx(other, abs=1e-5), name
+            updates += one.get("updates", 0)
+    assert updates > 10
+    flags = SMALL | DISTRIBUTED["gspo"] | {"steps": 3, "resume": "auto"}
+    expected = run(name="one process, gspo", **flags)
+    grown = run(name="gspo", **flags | {"out": str(tmp_path)})  # begun by two, ended by one
+    entropies = [[row["response_entropy"] for row in rows] for rows in (expected, grown)]
+    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5) and len(grown) == 4
 
 
 def test_adapters_train_alone(runs):
+    pytest.importorskip("peft", reason="LoRA needs peft")
     run, folder = runs
-    model = echo_model(folder)
-    pytest.importorskip("peft")
-    flags = dict(model=model, lora_rank=4, lr=3e-3, resume="auto", save_every=2, kl_coef=0.01)
+    flags = {"model": echo_model(folder), "lora_rank": 4, "resume": "auto", "save_every": 2}
+    flags |= {"kl_coef": 0.01, "groups": 4}
     rows = run(name="adapters", steps=4, **flags)
     assert rows[-1]["updates"] == 2 and rows[1]["kl"] < 0.1
-    run(name="adapters in two parts", steps=2, **flags)
-    again = run(name="adapters in two parts", steps=4, **flags)
-    assert without_times(again)[-1] | {"eval_tasks": 0} == without_times(rows)[-1] | {"eval_tasks": 0}
-    assert (folder / "adapters" / "checkpoint" / "adapter_model.safetensors").exists()
-    evaluated, = run(name="adapted", model=str(folder / "adapters"), steps=0)
+    run(name="in two parts", steps=2, **flags)
+    again = run(name="in two parts", steps=4, **flags)
+    assert without_times(again)[-1] == without_times(rows)[-1]
+    state = torch.load(folder / "adapters" / "checkpoints" / "step-000004.pt")
+    assert state["weights"] and all("lora_" in name for name in state["weights"])
+    adapters = folder / "adapters" / "checkpoint" / "adapter_model.safetensors"
+    assert adapters.exists() and not (adapters.parent / "model.safetensors").exists()
+    (evaluated,) = run(name="adapted", model=str(folder / "adapters"), steps=0)
     assert evaluated["eval_success"] == rows[-1]["eval_success"]
     more = run(name="more", model=str(folder / "adapters"), steps=1, lr=1e-3)
     assert more[0]["eval_success"] == rows[-1]["eval_success"] and more[1]["updates"]
-    policies = [aem.load_policy(config(), folder / name / "checkpoint").model.state_dict() for name in ("adapters", "more")]
-    moved = {k for k in policies[0] if not torch.equal(policies[0][k], policies[1][k])}
-    assert moved and all("lora_" in k for k in moved)
-
-
-def test_adapters_need_peft(runs, monkeypatch):
-    run, folder = runs
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(aem.UsageError, match="pip install peft"):
-        run(model=echo_model(folder), lora_rank=4, name="no peft")
+    before, after = (
+        aem.load_policy(config(), folder / name / "checkpoint").model.state_dict()
+        for name in ("adapters", "more")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("lora_" in name for name in moved)
 
 
 def test_environments_of_gem(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gem", None)
-    with pytest.raises(ValueError, match="pip install gem-llm"):
-        envs.make("gem:game:GuessTheNumber-v0-easy")
-    monkeypatch.delitem(sys.modules, "gem")
-    pytest.importorskip("gem")
+    pytest.importorskip("gem", reason="needs gem-llm")
     with pytest.raises(ValueError, match="game:Nothing-v0"):
         envs.make("gem:game:Nothing-v0")
     cfg = config(env="gem:game:GuessTheNumber-v0-easy", max_turns=None)
-    worlds = aem.make_environments(cfg)
-    assert cfg.max_turns == worlds[0].max_turns and cfg.env_timeout == 60
-    played = aem.rollout(tiny, worlds, [1, 2], 4, cfg, "gem")
-    assert all("boxed" in t.prompt and t.responses and not t.error for t in played)
+    environments = aem.make_environments(cfg)
+    assert cfg.max_turns == environments[0].max_turns and cfg.env_timeout == 60
+    trajectories = aem.rollout(tiny, environments, [1, 2], 4, cfg, "gem")
+    assert all("boxed" in t.prompt and t.responses and not t.error for t in trajectories)
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_metrics_can_be_tracked_elsewhere(runs, package, monkeypatch):
-    run, folder = runs
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(aem.UsageError, match=f"pip install {package}"):
-        run(name=f"no {package}", steps=1, track=package)
-    monkeypatch.undo()
-    if package == "wandb":  # a stand-in: what it is called with
-        calls = []
-        said = types.SimpleNamespace(init=lambda **k: calls.append(k), log=lambda *a, **k: calls.append(k))
-        monkeypatch.setitem(sys.modules, "wandb", said)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-        run(name="wandb", steps=1, track="wandb")
-        assert calls[0]["config"]["steps"] == 1 and calls[1:] == [{"step": 0}, {"step": 1}]
-    else:
-        pytest.importorskip("tensorboard")
-        run(name="tensorboard", steps=1, track="tensorboard")
-        assert list((folder / "tensorboard").glob("events*"))
+def test_metrics_are_sent_to_wandb(runs, monkeypatch):
+    run, _ = runs
+    inits, logged = [], []
+
+    def log(row, step):
+        logged.append((row["step"], step))
+
+    stand_in = types.SimpleNamespace(init=lambda **options: inits.append(options), log=log)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    run(name="tracked", steps=1, groups=2, wandb="my project")
+    assert inits[0]["project"] == "my project" and inits[0]["config"]["steps"] == 1
+    assert logged == [(0, 0), (1, 1)]
 
 
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
     run, _ = runs
-    first, second, other = (without_times(run(steps=4, epochs=2, minibatches=2, seed=seed)) for seed in (3, 3, 4))
+    flags = {"steps": 3, "epochs": 2, "groups": 4, "eval_tasks": 8}
+    first, second, other = (without_times(run(seed=seed, **flags)) for seed in (3, 3, 4))
     assert first == second and first != other
     assert first[-1]["clip_fraction"] >= 0 and first[-1]["updates"] == 4
 
@@ -2071,66 +1919,209 @@ def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
 @pytest.mark.parametrize("estimator", list(aem.ESTIMATORS))
 def test_every_estimator_runs(runs, estimator):
     run, _ = runs
-    flags = dict(max_resample=50) if estimator == "dapo" else {}
-    rows = run(steps=2, estimator=estimator, groups=2, group_size=4, minibatches=3, kl_coef=0.01, **flags)
-    assert len(rows) == 3 and rows[0]["updates"] == 0 < rows[1]["updates"] + rows[2]["updates"]
-    assert all(0 < row["aem_seconds"] < row["update_seconds"] for row in rows)
+    flags = {"steps": 2, "groups": 2, "group_size": 4, "minibatches": 3, "eval_tasks": 8}
+    rows = run(estimator=estimator, kl_coef=0.01, max_resample=50, **flags)
+    assert len(rows) == 3 and "updates" not in rows[0]
+    assert rows[1]["updates"] + rows[2]["updates"] > 0
 
 
 def test_a_step_without_update_is_said(runs, capsys):
-    run, _ = runs
-    rows = run(steps=1, max_response_tokens=1, max_turns=1, groups=1, group_size=2)  # nobody can end a word: all fail
-    assert rows[1]["updates"] == 0 and "step 1: no update" in capsys.readouterr().out
+    run, folder = runs
+    flags = {"steps": 1, "groups": 1, "group_size": 2, "eval_tasks": 8}
+    flags |= {"max_response_tokens": 1, "max_turns": 1}  # nobody can end a word: all fail
+    rows = run(model=echo_model(folder), **flags)
+    assert rows[1]["updates"] == 0 and "step 1: no update" in "".join(capsys.readouterr())
 
 
 def test_the_baseline_leaves_advantages_alone(runs):
     run, _ = runs
-    plain, off, on = (without_times(run(steps=3, **flags)) for flags in (dict(aem=False), dict(lam=0.0), dict(aem=True)))
-    assert plain == off and plain != on
-    assert all(row["alpha_min"] == row["alpha_max"] == 1 for row in plain)
+    flags = {"steps": 2, "groups": 4, "eval_tasks": 8}
+    variants = [{"aem": False}, {"lam": 0.0}, {"aem": True}]
+    baseline, off, on = (without_times(run(**flags, **variant)) for variant in variants)
+    assert baseline == off and baseline != on
+    assert all(row["alpha_min"] == row["alpha_max"] == 1 for row in baseline)
     assert on[0]["alpha_min"] < 1 < on[0]["alpha_max"]
 
 
-def test_the_warm_start_is_reused_and_its_key_covers_its_flags(runs):
-    run, folder = runs
-    run(steps=0)
-    kept = set((folder / "cache").iterdir())
-    run(steps=0, seed=9)
-    assert set((folder / "cache").iterdir()) == kept
-    run(steps=0, warm_steps=31)
-    assert len(set((folder / "cache").iterdir())) == len(kept) + 1
+# ------------------------------------------------------------------------------ the command line
+def run_main(monkeypatch, *flags):
+    """The exit code of `python aem.py` with these flags."""
+    monkeypatch.setattr(sys, "argv", ["aem.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        aem.main()
+    return stop.value.code
 
 
-# ---------------------------------------------------------------- the experiments
+def test_every_field_is_a_flag_with_help(monkeypatch, capsys):
+    assert run_main(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(aem.Config):
+        assert f"--{f.name}" in text and f.metadata["help"]
 
 
+def test_gpu_out_of_memory_names_the_flags_that_help(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(aem, "train", full)
+    assert run_main(monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ("--micro_batch_tokens", "--lora_rank", "2 GiB"))
+
+
+@pytest.fixture(scope="session")
+def models(tiny, tmp_path_factory):
+    """Folders with a model: as it should be, without a chat template, without weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("whole", "bare", "empty"):
+        tiny.model.save_pretrained(folder / name)
+        tiny.tokenizer.save_pretrained(folder / name)
+    (folder / "bare" / "chat_template.jinja").unlink()
+    (folder / "empty" / "model.safetensors").unlink()
+    return folder
+
+
+ROWS = '{"prompt": "f", "entry_point": "f", "tests": ["assert f(1) == 1"]}\n{"prompt": 7}\n'
+TO_RESUME = {"env": "household", "lr": 0.5, "groups": 16, "group_size": 8}
+TO_RESUME |= {"max_turns": 12, "max_response_tokens": 16}
+BAD = [  # flags, and what the message must hold; words in capitals stand for folders and files
+    ("--colour red", "--colour"),
+    ("--step 3", "--step"),
+    ("--env nowhere", "nowhere"),
+    ("--env no_such_module:Env", "no_such_module"),
+    ("--estimator magic", "magic"),
+    ("--group_size 1", "--group_size must be at least 2"),
+    ("--groups 0", "--groups must be at least 1"),
+    ("--epochs 0", "--epochs must be at least 1"),
+    ("--lam -1", "--lam must be at least 0"),
+    ("--steps -5", "--steps must be at least 0"),
+    ("--aem_direction up", "--aem_direction"),
+    ("--aem_scope world", "--aem_scope"),
+    ("--kl_coef -1", "--kl_coef must be at least 0 and finite"),
+    ("--lam nan", "--lam must be at least 0 and finite"),
+    ("--lr inf", "--lr"),
+    ("--steps many", "--steps"),
+    ("--max_turns 0", "--max_turns"),
+    ("--temperature 0", "--temperature"),
+    ("--aem perhaps", "Truthy"),
+    ("--device abacus --model WHOLE", "abacus"),
+    ("--model ./no/such/folder", "--model ./no/such/folder"),
+    ("--model BARE", "chat template"),
+    ("--model EMPTY", "--model"),
+    ("--env test_aem:NoDemonstrations", "--model"),
+    ("--env test_aem:Unmakeable", "test_aem:Unmakeable"),
+    ("--env test_aem:Echo.words", "test_aem:Echo.words"),
+    ("--env gem:game:GuessTheNumber-v0-easy", "pip install gem-llm"),
+    ("--env code --model WHOLE --dataset no_tasks.jsonl", "no_tasks.jsonl"),
+    ("--env code --model WHOLE --dataset ROWS", "row 2"),
+    ("--model WHOLE --dataset tasks.jsonl", "dataset"),
+    ("--out README.md/runs", "--out"),
+    ("--name taken", "--name"),
+    ("--dtype int8", "--dtype"),
+    ("--resume yesterday", "--resume"),
+    ("--resume auto --name run --lam 0.5 --lr 1", "--lam, --lr"),
+    ("--save_every 0", "--save_every"),
+    ("--env_timeout -1", "--env_timeout"),
+    ("--lora_rank -2", "--lora_rank"),
+    ("--lora_rank 8 --model WHOLE", "peft"),
+    ("--wandb project --model WHOLE", "wandb"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    flags, words, monkeypatch, capsys, tmp_path, models, record_property
+):
+    record_property("flags", flags)
+    for package in ("gem", "peft", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-000020.pt").touch()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(vars(config(**TO_RESUME))))
+    files = {name.upper(): str(models / name) for name in ("whole", "bare", "empty")}
+    files["ROWS"] = str(tmp_path / "rows.jsonl")
+    flags = ["--cache_dir", str(tmp_path / "cache"), *(files.get(f, f) for f in flags.split())]
+    if "--out" not in flags:
+        flags = ["--out", str(tmp_path), *flags]
+    monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(envs, "embedded_policy", lambda *args: pytest.fail("work was begun"))
+    before = set(tmp_path.iterdir())
+    capsys.readouterr()
+    assert run_main(monkeypatch, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    record_property("message", error[-1])
+    assert words in error[-1] and "error: " in error[-1] and len(error) <= 2, error
+    assert set(tmp_path.iterdir()) == before
+
+
+# ------------------------------------------------------------------------------ the experiments
 def experiment(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "experiments" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, HERE / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def documents():
+    files = [HERE / "README.md", HERE / "experiments" / "README.md"]
+    return "\n".join(file.read_text() for file in files if file.exists())
+
+
+def test_relative_surprisal_equals_the_exact_one(tiny, played):
+    relative_surprisal = experiment("diagnose").relative_surprisal
+    size = len(tiny.tokenizer)
+    policy = aem.Policy(Bigram(size), tiny.tokenizer)
+    certainty = torch.rand(size, 1, generator=torch.Generator().manual_seed(0)) * 8
+    policy.model.table.weight.data *= certainty  # sure in some states
+    p = policy.model.table.weight.detach().double().softmax(-1)
+    token_entropy = -(p * p.log()).sum(-1)  # (V,)
+    goes_on = p.clone()  # (V, V)
+    goes_on[:, policy.end] = 0
+    states = [(t, r) for t in played[:6] for r in t.responses]
+    for i, (_, r) in enumerate(states):  # any position will do as a state
+        r.start -= i
+    last = [t.ids[r.start - 1] for t, r in states]
+    assert max(token_entropy[last]) > 2 * min(token_entropy[last])
+    exact = torch.zeros(size, dtype=torch.float64)
+    for limit, tolerance in ((1, 1e-5), (2, 0.1), (3, 0.1)):  # of one token: without noise
+        exact = token_entropy + goes_on @ exact
+        cfg = config(max_response_tokens=limit)
+        relative, h_resp = relative_surprisal(policy, states, 300, cfg)
+        assert h_resp.tolist() == pytest.approx(exact[last].tolist(), rel=tolerance)
+        surprisals = torch.tensor([-sum(r.logp) for _, r in states])
+        assert torch.allclose(relative, surprisals - h_resp, atol=1e-5)
+    assert torch.equal(relative, relative_surprisal(policy, states, 300, cfg)[0])
+    assert not torch.equal(relative, relative_surprisal(policy, states, 300, cfg, seed=1)[0])
 
 
 def test_a_run_can_be_diagnosed(runs, monkeypatch, capsys):
     run, folder = runs
     run(name="patient", steps=1)
     diagnose = experiment("diagnose")
+    numbers = ["--states", "9", "--samples", "5", "--updates", "2"]
     for flags, file in ((["--start"], "diagnosis-start"), ([], "diagnosis")):
-        numbers = ["--states", "9", "--samples", "5", "--updates", "2"]
-        monkeypatch.setattr(sys, "argv", ["diagnose.py", str(folder / "patient"), *flags, *numbers])
+        patient = str(folder / "patient")
+        monkeypatch.setattr(sys, "argv", ["diagnose.py", patient, *flags, *numbers])
         diagnose.main()
         result = json.loads((folder / "patient" / f"{file}.json").read_text())
         columns = result["states"]
-        assert all(len(column) == 18 for column in columns.values()) and len(result["updates"]) == 2
-        assert result["updates"][0]["predicted"] == pytest.approx(sum(columns["predicted"][:9]), abs=1e-3)
-        product = columns["advantage"][0] * (1 - columns["one_minus_alpha"][0]) * columns["relative_surprisal"][0]
-        assert columns["predicted"][0] == pytest.approx(product, abs=1e-3) and any(columns["measured"])
+        assert all(len(column) == 18 for column in columns.values())
+        assert len(result["updates"]) == 2 and any(columns["measured"])
+        predicted = sum(columns["predicted"][:9])
+        assert result["updates"][0]["predicted"] == pytest.approx(predicted, abs=1e-3)
+        product = columns["advantage"][0] * (1 - columns["one_minus_alpha"][0])
+        product *= columns["relative_surprisal"][0]
+        assert columns["predicted"][0] == pytest.approx(product, abs=1e-3)
         assert (folder / "patient" / f"{file}.png").read_bytes()[:4] == b"\x89PNG"
     assert "signs agree" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["diagnose.py", str(folder / "nobody")])
     with pytest.raises(SystemExit) as stop:
         diagnose.main()
-    assert stop.value.code == 2 and "nobody is not the folder of a run" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "nobody is not the folder of a run" in capsys.readouterr().err
 
 
 def test_bootstrap_and_agreement_by_hand():
@@ -2140,239 +2131,150 @@ def test_bootstrap_and_agreement_by_hand():
     x = torch.randn(400, generator=torch.Generator().manual_seed(0))
     y = x + torch.randn(400, generator=torch.Generator().manual_seed(1))
     found = diagnose.with_interval(diagnose.correlation, x, y)
-    assert found["low"] < found["value"] < found["high"] and found["high"] - found["low"] == pytest.approx(0.1, abs=0.03)
+    assert found["low"] < found["value"] < found["high"]
+    assert found["high"] - found["low"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_the_benchmark_for_a_gpu_runs_on_a_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    bench = importlib.import_module("bench")
+    take_turns = bench.take_turns
+    monkeypatch.setattr(bench, "take_turns", lambda work, rounds: take_turns(work, 1))  # soon done
+    found = bench.against_floors(bench.TINY, rows=8, turns=2, tokens=4, device="cpu")  # bfloat16
+    assert found["tokens"] == 8 * 2 * 4 and 0 <= found["logp_gap"] < 0.02
+    assert 0 < found["rollout_floor"] < found["rollout_seconds"]
+    assert 0 < found["update_floor"] < found["update_seconds"]
+    published = {1_543_714_304: bench.QWEN_1_5B, 7_615_616_512: bench.QWEN_7B}  # Qwen2.5's sizes
+    for size, shape in published.items():
+        assert bench.policy(shape, device="meta").model.num_parameters() == size
 
 
 def test_the_table_of_estimators_comes_from_the_committed_results(capsys):
     experiment("estimators").report()
     table = capsys.readouterr().out
-    readme = (Path(__file__).parent / "README.md").read_text()
+    text = documents()
     for line in table.splitlines()[1 : 1 + len(aem.ESTIMATORS)]:
         name, before, after, *_ = line.split()
-        assert f"| `{name}` |" in readme and f"{before} to {after}".replace("%", " %") in readme, line
+        assert f"| `{name}` |" in text, line
+        assert f"{before} to {after}".replace("%", " %") in text, line
 
 
 def test_the_table_of_memory_is_what_its_script_prints():
-    readme = (Path(__file__).parent / "README.md").read_text()
-    assert "\n".join(experiment("memory").table()) in readme
+    assert "\n".join(experiment("memory").table()) in documents()
 
 
-STUDY = """
-import sys
-sys.path.insert(0, "experiments")
-import replicate
-if __name__ == "__main__":
-    replicate.RESULTS = replicate.Path("{folder}")
-    replicate.QUICK = dict(steps=2, eval_every=2, eval_tasks=16, warm_steps=60, groups=2, group_size=4)
-    replicate.QUICK["cache_dir"] = "{folder}/cache"
+def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    replicate = experiment("replicate")
+    quick = {"steps": 2, "eval_every": 2, "eval_tasks": 16, "warm_steps": 20, "groups": 2}
+    quick |= {"group_size": 4, "max_turns": 3, "max_response_tokens": 6}
+    monkeypatch.setattr(replicate, "RESULTS", tmp_path)
+    monkeypatch.setattr(replicate, "QUICK", quick | {"cache_dir": str(tmp_path / "cache")})
+    monkeypatch.setattr(replicate, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    file = tmp_path / "runs.jsonl"
     replicate.quick(2)
-    lines = (replicate.RESULTS / "runs.jsonl").read_text().splitlines()
-    (replicate.RESULTS / "first.jsonl").write_text("\\n".join(lines))
-    (replicate.RESULTS / "runs.jsonl").write_text("\\n".join(lines[:3]) + "\\n")
+    first = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in first[:3]))
     replicate.quick(2)
-    replicate.mechanism(replicate.setting("household", "grpo + AEM", lr=1e-3) | replicate.QUICK, states=9, samples=3, updates=1)
-"""
-
-
-def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-c", STUDY.format(folder=tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| grpo | 0.0007, 0.0007 | 2 |") == 2
-    first, again = ([json.loads(line) for line in open(tmp_path / f"{name}.jsonl")] for name in ("first", "runs"))
-    assert sorted((line["flags"]["aem"], line["seed"]) for line in first) == [(False, 1), (False, 2), (True, 1), (True, 2)]
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert capsys.readouterr().out.count("| grpo | 0.0007, 0.0007 | 2 |") == 2
+    pairs = sorted((line["flags"]["aem"], line["seed"]) for line in first)
+    assert pairs == [(False, 1), (False, 2), (True, 1), (True, 2)]
     assert all(len(line["curves"]["success"]) == 3 and line["ended"] == "" for line in first)
-    assert again[:3] == first[:3] and all(again[3][name] == first[3][name] for name in ("flags", "seed", "after", "curves"))
+    assert again[:3] == first[:3]
+    for name in ("flags", "seed", "after", "curves"):
+        assert again[3][name] == first[3][name]
+    flags = replicate.setting("household", "grpo + AEM", lr=1e-3) | replicate.QUICK
+    replicate.mechanism(flags, states=9, samples=3, updates=1)
     for when in ("start", "middle", "end"):
-        assert len(json.loads((tmp_path / f"mechanism-{when}.json").read_text())["states"]["advantage"]) == 9
+        found = json.loads((tmp_path / f"mechanism-{when}.json").read_text())
+        assert len(found["states"]["advantage"]) == 9
 
 
 def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch, capsys):
-    replicate, results = experiment("replicate"), Path(__file__).parent / "experiments" / "results"
+    replicate, results = experiment("replicate"), HERE / "experiments" / "results"
     shutil.copytree(results, tmp_path / "results")
     monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results")
-    replicate.report(None)
+    replicate.report()
     printed = capsys.readouterr().out
     assert printed == (results / "report.md").read_text()
-    readme = (Path(__file__).parent / "README.md").read_text()
-    section = readme[readme.index("## What we see") : readme.index("## Coding tasks")]
-    rows = [line for line in section.splitlines() if " ± " in line and line.startswith("| ")]
+    rows = [line for line in documents().splitlines() if line.startswith("| ") and ", p = " in line]
     assert len(rows) >= 5 and all(row in printed for row in rows)
     figures = {path.name for path in results.glob("*.png")}
-    assert len(figures) == 6 and all(name in section for name in figures)
+    assert len(figures) == 6 and all(name in documents() for name in figures)
 
 
-class Alike(Echo):
-    """No rewards: no group ever varies."""
-
-    def step(self, text):
-        answer, _, *rest = super().step(text)
-        return answer, 0.0, *rest
-
-
-def test_a_run_of_the_study_that_ends_early_stays_where_it_was(tmp_path, monkeypatch):
+def test_a_run_of_the_study_that_ends_early_stays_where_it_was(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    flags = dict(env="test_aem:Alike", warm_steps=30, cache_dir=str(tmp_path), steps=3, eval_every=3, eval_tasks=16)
-    flags |= dict(groups=2, group_size=4, max_turns=3, max_response_tokens=6, estimator="dapo", max_resample=1, overlong=0.0)
+    change_row(monkeypatch, "dapo", overlong=0.0)
+    flags = run_flags(tmp_path) | {"env": "test_aem:Alike", "estimator": "dapo", "max_resample": 1}
+    flags |= {"steps": 3, "eval_every": 3, "eval_tasks": 16, "groups": 2, "group_size": 4}
+    flags["model"] = echo_model(runs[1])
+    del flags["out"]
     line = experiment("replicate").run(flags, 1)
     assert "--max_resample" in line["ended"]
-    assert line["curves"]["success"] == line["curves"]["success"][:1] * 4 and line["after"] == line["before"]  # it never moved
+    success = line["curves"]["success"]
+    assert success == success[:1] * 4 and line["after"] == line["before"]  # it never moved
+
+
+def test_masks_by_predicted_drift_keep_the_responses_of_one_sign(mixed):
+    masked = functools.partial(experiment("replicate").modulate_and_mask, aem.modulate)
+    base = aem.assign_credit(mixed, config())
+    alpha = aem.modulate(mixed, config(), 1)
+    kept = {mask: masked(mask, mixed, config(), 1) for mask in ("raise", "lower")}
+    for mask, sign in (("raise", 1), ("lower", -1)):
+        wanted = sign * base * (1 - alpha) > 0
+        assert wanted.any() and torch.equal(kept[mask], torch.where(wanted, alpha, 0.0))
+    assert torch.equal((kept["raise"] + kept["lower"]) * base, (alpha * base) * (alpha != 1))
+    gated = masked("lower", mixed, config(min_range=100.0), 1)  # alpha = 1 predicts nothing
+    assert not gated.any()
 
 
 def test_the_study_reports_what_its_results_say(tmp_path, monkeypatch, capsys):
     replicate = experiment("replicate")
     monkeypatch.setattr(replicate, "RESULTS", tmp_path)
 
-    def write(file, flags, seed):
-        end = 0.5 + 0.01 * seed * (seed < 100) + 0.02 * flags["aem"] - 0.1 * abs(math.log2(flags["lr"] / 8e-4))
+    def write(flags, seed):
+        end = 0.5 + 0.02 * flags["aem"] - 0.1 * abs(math.log2(flags["lr"] / 8e-4))
+        if seed < 100:
+            end += 0.01 * seed
         if flags.get("aem_direction") == "reverse":
             end += 0.03 if seed % 2 else -0.01
-        curve = [end / 2, end, end]
-        line = dict(flags=flags, seed=seed, before={"all": 0.3}, after={"all": end, "heat": 0.4 * end}, seconds=1, ended="")
-        file.write(json.dumps(line | {"curves": dict.fromkeys(replicate.KEPT, curve)}) + "\n")
+        curves = dict.fromkeys(replicate.KEPT, [end / 2, end, end])
+        line = {"flags": flags, "seed": seed, "curves": curves, "seconds": 1, "ended": ""}
+        line |= {"before": {"all": 0.3}, "after": {"all": end, "heat": 0.4 * end}}
+        with open(tmp_path / "runs.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
-    with open(tmp_path / "runs.jsonl", "w") as file:
-        for arm, lr in itertools.product(replicate.ARMS, replicate.RATES):
-            for seed in (101, 102, *([103] if arm in replicate.PAIR else ())):
-                write(file, replicate.setting("household", arm, lr=lr), seed)
-    with open(tmp_path / "runs.jsonl", "a") as file:
-        for flags, seed in itertools.product(replicate.reported(replicate.finished(), "household").values(), replicate.SEEDS):
-            write(file, flags, seed)
-    replicate.report(None)
+    for arm, lr in itertools.product(replicate.ARMS, replicate.RATES):
+        for seed in replicate.MAPPED if arm in replicate.PAIR else replicate.TUNING:
+            write(replicate.setting("household", arm, lr=lr), seed)
+    reported = replicate.reported(replicate.finished(), "household").values()
+    for flags, seed in itertools.product(reported, replicate.SEEDS):
+        write(flags, seed)
+    replicate.report()
     printed = capsys.readouterr().out
-    # Ends 51 ... 58 %: mean 54.5, standard error sqrt(6 / 8). All eight differences of one sign: p = 2 / 2^8.
-    assert "| grpo | 0.0008, 0.0008 | 8 | 54.5 ± 2.0 | 56.5 ± 2.0 | +2.0 ± 0.0, p = 0.01 | 45.4 ± 1.7 |" in printed
-    # Differences +3 and -1 in turn: mean 1, standard error sqrt(32 / 7 / 8); the sum is 8 or more in 72 of 256 choices of signs.
-    assert "| reversed | 0.0008, 0.0008 | 8 | 56.5 ± 2.0 | 57.5 ± " in printed and "+1.0 ± 1.8, p = 0.28" in printed
-    assert "| grpo + AEM | 42.0 | 42.0 | 52.0 | 42.0 |" not in printed and "| grpo + AEM | 32.0 | 42.0 | 52.0 | 42.0 |" in printed
-    # Tuning: AEM's 2 points in each of four rates x two seeds; the curve's mean is 5/6 of its end.
+    same_rates = "| 0.0008, 0.0008 | 8 |"
+    # Ends 51 ... 58 %: mean 54.5, standard error sqrt(6 / 8). All eight differences of one sign:
+    # p = 2 / 2^8.
+    main = f"{same_rates} 54.5 ± 2.0 | 56.5 ± 2.0 | +2.0 ± 0.0, p = 0.01 |"
+    assert f"| grpo {main} 45.4 ± 1.7 |" in printed
+    # Differences +3 and -1 in turn: mean 1, standard error sqrt(32 / 7 / 8); the sum is 8 or more
+    # in 72 of 256 choices of signs.
+    assert f"| reversed {same_rates} 56.5 ± 2.0 | 57.5 ± " in printed
+    assert "+1.0 ± 1.8, p = 0.28" in printed
+    assert "| grpo + AEM | 42.0 | 42.0 | 52.0 | 42.0 |" not in printed
+    assert "| grpo + AEM | 32.0 | 42.0 | 52.0 | 42.0 |" in printed
+    # Tuning: AEM's 2 points at four rates and two seeds; the curve's mean is 5/6 of its end.
     assert "equal learning rates, all 4 rates, tuning seeds**" in printed
     assert "| gspo | +2.0 ± 0.0, p = 0.01 | +1.7 ± 0.0, p = 0.01 |" in printed
     assert "| gspo | 54.5 | 21.8 |" in printed
-    # The map: AEM leads by 1.7 points on all three seeds, so that these cells are run again, on the seeds of the main table.
-    *_, again, shuffled = printed.split("\n**household: cells of the map where AEM looked best")
-    assert again.count("as in the main table, ") == shuffled.count("as in the main table, ") == len(replicate.RATES)
-    assert "| as in the main table, 0.0008 | 0.0008, 0.0008 | 8 | 54.5 ± 2.0 | 56.5 ± 2.0 | +2.0 ± 0.0, p = 0.01 |" in again
-    assert "| as in the main table, 0.0008 | 0.0008, 0.0008 | 8 | 56.5 ± 2.0 | 56.5 ± 2.0 | +0.0 ± 0.0, p = 1.00 |" in shuffled
+    # The map: AEM leads by 1.7 points on all three seeds, so that these cells are run again, on
+    # the seeds of the main table.
+    cells = printed.split("\n**household: cells of the map where AEM looked best")
+    assert [part.count("as in the main table, ") for part in cells[-2:]] == [4, 4]
+    cell = f"| as in the main table, 0.0008 {same_rates}"
+    assert f"{cell} 54.5 ± 2.0 | 56.5 ± 2.0 | +2.0 ± 0.0, p = 0.01 |" in cells[-2]
+    assert f"{cell} 56.5 ± 2.0 | 56.5 ± 2.0 | +0.0 ± 0.0, p = 1.00 |" in cells[-1]
     for name in ("dynamics", "drift", "drift-small", "regimes"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-# ---------------------------------------------------------------- the command line
-
-
-class Unmakeable(Echo):
-    def __init__(self):
-        raise RuntimeError("the server is down")
-
-
-class NoDemonstrations(Echo):
-    demonstration = property()
-
-
-@pytest.fixture
-def models(tiny, tmp_path):
-    """Two folders with a model: one as it should be, one whose tokenizer has no chat template."""
-    for name in ("whole", "bare", "empty"):
-        tiny.model.save_pretrained(tmp_path / name)
-        tiny.tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "bare" / "chat_template.jinja").unlink()
-    (tmp_path / "empty" / "model.safetensors").unlink()
-    return str(tmp_path / "whole"), str(tmp_path / "bare")
-
-
-SAVED = dict(env="household", lr=0.5, groups=16, group_size=8, max_turns=12, max_response_tokens=16)  # a run to resume
-BAD = [  # flags, and what the message must hold; capitals stand for files
-    (["--colour", "red"], "--colour"),
-    (["--step", "3"], "--step"),
-    (["--env", "nowhere"], "nowhere"),
-    (["--env", "no_such_module:Env"], "no_such_module"),
-    (["--estimator", "magic"], "magic"),
-    (["--group_size", "1"], "--group_size"),
-    (["--aem_direction", "up"], "--aem_direction"),
-    (["--aem_scope", "world"], "--aem_scope"),
-    (["--mask_drift", "both"], "--mask_drift"),
-    (["--mask_drift", "raise", "--aem", "false"], "--aem true"),
-    (["--advantage", "none"], "--advantage"),
-    (["--loss_mean", "all"], "--loss_mean"),
-    (["--clip_low", "1.5"], "--clip_low"),
-    (["--clip_high", "-0.1"], "--clip_high"),
-    (["--clip_high", "inf"], "--clip_high must be at least 0 and finite"),
-    (["--overlong", "2"], "--overlong"),
-    (["--gamma", "1.1"], "--gamma"),
-    (["--kl_coef", "-1"], "--kl_coef"),
-    (["--max_resample", "-1"], "--max_resample"),
-    (["--step_weight", "inf"], "--step_weight"),
-    (["--warm_noise", "2"], "--warm_noise"),
-    (["--lam", "-1"], "--lam"),
-    (["--lam", "nan"], "--lam"),
-    (["--steps", "-5"], "--steps"),
-    (["--steps", "many"], "--steps"),
-    (["--max_turns", "0"], "--max_turns"),
-    (["--max_response_tokens", "0"], "--max_response_tokens"),
-    (["--temperature", "0"], "--temperature"),
-    (["--aem", "perhaps"], "Truthy"),
-    (["--device", "abacus", "--model", "WHOLE"], "--device"),
-    (["--model", "./no/such/folder"], "--model ./no/such/folder"),
-    (["--model", "BARE"], "chat template"),
-    (["--env", "test_aem:NoDemonstrations"], "--model"),
-    (["--out", "README.md/runs"], "--out"),
-    (["--env", "code", "--dataset", "tasks.jsonl"], "--dataset"),
-    (["--model", "WHOLE", "--dataset", "tasks.jsonl"], "--env code"),
-    (["--name", "taken"], "--name"),
-    (["--dtype", "int8"], "--dtype"),
-    (["--resume", "yesterday"], "--resume"),
-    (["--resume", "auto", "--name", "run", "--lam", "0.5", "--lr", "1"], "--lam, --lr"),
-    (["--keep", "0"], "--keep"),
-    (["--save_every", "0"], "--save_every"),
-    (["--env_timeout", "-1"], "--env_timeout"),
-    (["--action_tag", "<action>"], "--action_tag"),
-    (["--lora_rank", "-2"], "--lora_rank"),
-    (["--lora_rank", "8", "--model", "WHOLE"], "pip install peft"),
-    (["--track", "paper"], "--track"),
-    (["--track", "wandb"], "pip install wandb"),
-    (["--compile", "true"], "C++ compiler"),
-    (["--env", "gem:game:GuessTheNumber-v0-easy"], "pip install gem-llm"),
-    (["--env", "test_aem:Unmakeable"], "test_aem:Unmakeable"),
-    (["--env", "test_aem:Echo.words"], "test_aem:Echo.words"),
-    (["--env", "code", "--model", "WHOLE", "--dataset", "no_tasks.jsonl"], "no_tasks.jsonl"),
-    (["--env", "code", "--model", "WHOLE", "--dataset", "ROWS"], "row 2"),
-    (["--model", "WITHOUT_WEIGHTS"], "--model"),
-]
-
-
-@pytest.mark.parametrize("flags, words", BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path, models, record_property):
-    record_property("flags", " ".join(flags))
-    whole, bare = models
-    (tmp_path / "taken").mkdir()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no optional package, no compiler
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setitem(sys.modules, "gem", None)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "f", "entry_point": "f", "tests": ["assert f(1) == 1"]}\n{"prompt": 7}\n')
-    (tmp_path / "run" / "checkpoints" / "step-000020").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(vars(config(**SAVED))))
-    files = {"BARE": bare, "WHOLE": whole, "ROWS": str(tmp_path / "rows.jsonl"), "WITHOUT_WEIGHTS": str(tmp_path / "empty")}
-    flags = [files.get(f, f) for f in flags]
-    where = [] if "--out" in flags else ["--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["aem.py", *where, "--cache_dir", str(tmp_path / "cache"), *flags])
-    monkeypatch.setattr(aem, "rollout", lambda *args: pytest.fail("work was begun"))
-    monkeypatch.setattr(envs, "embedded_policy", lambda *args: pytest.fail("work was begun"))
-    before = set(tmp_path.iterdir())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    error = capsys.readouterr().err.strip().splitlines()
-    record_property("message", error[-1])
-    assert stop.value.code == 2 and words in error[-1] and "error: " in error[-1] and len(error) <= 2, error
-    assert set(tmp_path.iterdir()) == before
-
-
-def test_every_field_is_a_flag_with_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["aem.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for name, f in aem.Config.__dataclass_fields__.items():
-        assert f"--{name}" in text and f.metadata["help"]
