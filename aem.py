@@ -316,11 +316,8 @@ class Policy:
         self.date = date
         self.before, self.after, self.strips, self.end = chat_frame(tokenizer)
         ends = model.generation_config.eos_token_id  # an id, several, or None
-        self.ends = {
-            self.end,
-            tokenizer.eos_token_id,
-            *(ends if isinstance(ends, list) else [ends]),
-        }
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
         self.control, self.spelling = special_tokens(tokenizer, self.ends)
         self.encode = lru_cache(4096)(self.encode_text)
 
@@ -1310,9 +1307,8 @@ def record(run, row, trajectories, cfg):
         why = "no gradient is finite" if row["skipped_updates"] else "no reward varies in any group"
         tqdm.write(f"step {row['step']}: no update, as {why}")
     if cfg.wandb:
-        import wandb  # pip install wandb
+        import wandb
 
-        wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), reinit="return_previous")
         wandb.log(row, step=row["step"])
 
 
@@ -1363,6 +1359,10 @@ def set_up(cfg):
         adapters = any(not p.requires_grad for p in policy.model.parameters())
         small = policy.model.num_parameters() < 1e7
         cfg.lr = 1e-5 if adapters else 7e-4 if small else 1e-6
+    if first and cfg.wandb:
+        import wandb
+
+        wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg))
     return run, environments, policy
 
 

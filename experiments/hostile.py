@@ -254,26 +254,49 @@ BENIGN = {
 
 def programs(folder):
     """{name: (source, whether it has to pass)}."""
-    names = {"PROJECT": envs.__file__, "HARNESS": __file__, "DIR": folder, "VICTIM": f"{folder}/victim"}
-    names["SITE"] = next((p for p in sys.path if p.endswith("-packages")), "/usr/lib/python3/dist-packages")
+    names = {
+        "PROJECT": envs.__file__,
+        "HARNESS": __file__,
+        "DIR": folder,
+        "VICTIM": f"{folder}/victim",
+    }
+    names["SITE"] = next(
+        (p for p in sys.path if p.endswith("-packages")), "/usr/lib/python3/dist-packages"
+    )
     found = {f"act: {act}": act for act in ACTS}
     for name, act in found.items():
         for word, path in names.items():
             act = act.replace(word, repr(path))
         found[name] = f"{HEAD}def f(x):\n  {act}\n  return 2 * x"
-    hostile = found | {f"cheat: {n}": c for n, c in CHEATS.items()} | {f"hang: {n}": c for n, c in HANGS.items()}
-    return {n: (c, False) for n, c in hostile.items()} | {f"benign: {n}": (c, True) for n, c in BENIGN.items()}
+    hostile = (
+        found
+        | {f"cheat: {n}": c for n, c in CHEATS.items()}
+        | {f"hang: {n}": c for n, c in HANGS.items()}
+    )
+    return {n: (c, False) for n, c in hostile.items()} | {
+        f"benign: {n}": (c, True) for n, c in BENIGN.items()
+    }
 
 
 def traces(folder):
     """What hostile programs could have left behind: files, shared memory, processes, descriptors of this process."""
     mine = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others' processes come and go
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # others' processes come and go
             mine += [stat] if stat.read_text().split(") ")[1].split()[1] == str(os.getpid()) else []
-    files = {str(p): (p.stat().st_mode, p.stat().st_size, p.stat().st_mtime) for p in Path(folder).rglob("*")}
+    files = {
+        str(p): (p.stat().st_mode, p.stat().st_size, p.stat().st_mtime)
+        for p in Path(folder).rglob("*")
+    }
     shared = sorted(os.listdir("/dev/shm")), open("/proc/sysvipc/shm").read().count("\n")
-    return {"files": files, "shared memory": shared, "children": len(mine), "descriptors": len(os.listdir("/proc/self/fd"))}
+    return {
+        "files": files,
+        "shared memory": shared,
+        "children": len(mine),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+    }
 
 
 def look_inside(sandbox):
@@ -281,9 +304,15 @@ def look_inside(sandbox):
     secret = os.urandom(8).hex().encode()
     before = sandbox.run(SCAN % secret[::-1], "f", [[0]])[0].get("value")
     for _ in range(20):
-        sandbox.run(f"text = {secret.decode() * 9!r}\ndef f(x): return x + text", "f", [[secret.decode()]])
+        sandbox.run(
+            f"text = {secret.decode() * 9!r}\ndef f(x): return x + text", "f", [[secret.decode()]]
+        )
     after = sandbox.run(SCAN % secret[::-1], "f", [[0]])[0].get("value")
-    missing = [] if before == after else [f"it finds another program in its memory ({before} pages before, {after} after)"]
+    missing = (
+        []
+        if before == after
+        else [f"it finds another program in its memory ({before} pages before, {after} after)"]
+    )
     server = sandbox.idle.get()
     sandbox.idle.put(server)
     with ThreadPoolExecutor(1) as pool:
@@ -292,23 +321,56 @@ def look_inside(sandbox):
         watcher = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0]
         pid = int(Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()[0])
         child = Path("/proc", str(pid))
-        status = dict(line.split(":\t", 1) for line in (child / "status").read_text().splitlines() if ":\t" in line)
-        wanted = {"NoNewPrivs": "1", "Seccomp": "2", "CapEff": "0" * 16, "CapPrm": "0" * 16, "CapInh": "0" * 16}
-        missing += [f"{name} is {status[name]}" for name, value in wanted.items() if status[name].strip() != value]
+        status = dict(
+            line.split(":\t", 1)
+            for line in (child / "status").read_text().splitlines()
+            if ":\t" in line
+        )
+        wanted = {
+            "NoNewPrivs": "1",
+            "Seccomp": "2",
+            "CapEff": "0" * 16,
+            "CapPrm": "0" * 16,
+            "CapInh": "0" * 16,
+        }
+        missing += [
+            f"{name} is {status[name]}"
+            for name, value in wanted.items()
+            if status[name].strip() != value
+        ]
         limits = (child / "limits").read_text()
-        wanted = {"Max cpu time": 1, "Max file size": 0, "Max core file size": 0, "Max processes": 0, "Max open files": 32}
+        wanted = {
+            "Max cpu time": 1,
+            "Max file size": 0,
+            "Max core file size": 0,
+            "Max processes": 0,
+            "Max open files": 32,
+        }
         for name, value in (wanted | {"Max address space": 512 << 20}).items():
-            if next(line for line in limits.splitlines() if line.startswith(name))[26:].split()[:2] != [str(value)] * 2:
+            if (
+                next(line for line in limits.splitlines() if line.startswith(name))[26:].split()[:2]
+                != [str(value)] * 2
+            ):
                 missing.append(f"{name} is not {value}")
         with contextlib.suppress(PermissionError):  # as a user we may not look
-            missing += ["it has other descriptors"] if sorted(os.listdir(child / "fd")) != ["0", "1", "2", "3"] else []
-        missing += ["it can be traced"] if (child / "mem").stat().st_uid != 0 else []  # what can't be dumped belongs to root
+            missing += (
+                ["it has other descriptors"]
+                if sorted(os.listdir(child / "fd")) != ["0", "1", "2", "3"]
+                else []
+            )
+        missing += (
+            ["it can be traced"] if (child / "mem").stat().st_uid != 0 else []
+        )  # what can't be dumped belongs to root
         missing += ["it is in its server's session"] if os.getsid(pid) != pid else []
         server.kill()
         time.sleep(0.3)
         alive = child.exists() and "Z" not in (child / "stat").read_text().split(")")[1][:3]
         missing += ["it outlives its server"] if alive else []
-        missing += ["a dead server goes unnoticed"] if not isinstance(asleep.exception(), envs.SandboxError) else []
+        missing += (
+            ["a dead server goes unnoticed"]
+            if not isinstance(asleep.exception(), envs.SandboxError)
+            else []
+        )
     return missing
 
 
@@ -316,21 +378,34 @@ def attack(only=""):
     """Run every program whose name contains `only`. Returns their number, and those that were not contained or not passed."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "victim").write_text("precious")
-        everything, before = {n: p for n, p in programs(folder).items() if only in n}, traces(folder)
+        everything, before = (
+            {n: p for n, p in programs(folder).items() if only in n},
+            traces(folder),
+        )
         sandbox = envs.Sandbox(cpu_seconds=1, workers=2)
         memory, bad = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
         with ThreadPoolExecutor(4) as pool:
-            verdicts = list(pool.map(lambda program: sandbox.grade(program[0], "f", TESTS), everything.values()))
+            verdicts = list(
+                pool.map(lambda program: sandbox.grade(program[0], "f", TESTS), everything.values())
+            )
         for (name, (_, passes)), verdict in zip(everything.items(), verdicts):
             if all(verdict.passed) != passes or (verdict.status == "passed") != passes:
                 bad.append(f"{name} ({verdict.status}: {verdict.feedback[:100]})")
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
         bad += [f"memory of this process grew by {grown:.0f} MB"] if grown > 50 else []
-        bad += [] if all(sandbox.grade(BENIGN["plain"], "f", TESTS).passed) else ["the sandbox does not work any more"]
+        bad += (
+            []
+            if all(sandbox.grade(BENIGN["plain"], "f", TESTS).passed)
+            else ["the sandbox does not work any more"]
+        )
         sandbox.close()
         bad += look_inside(envs.Sandbox(cpu_seconds=1, workers=1)) if not only else []
         after = traces(folder)
-        bad += [f"{what}: {before[what]} before, {after[what]} after" for what in before if before[what] != after[what]]
+        bad += [
+            f"{what}: {before[what]} before, {after[what]} after"
+            for what in before
+            if before[what] != after[what]
+        ]
     return len(everything), bad
 
 
@@ -391,14 +466,26 @@ def copied(script, source, *options, user=False, timeout=600):
         os.chmod(folder, 0o755)
         if user:
             identity = {"user": 65534, "group": 65534, "extra_groups": []}
-            pythons = [sys.executable, sys._base_executable, "/usr/local/bin/python3", "/usr/bin/python3"]
+            pythons = [
+                sys.executable,
+                sys._base_executable,
+                "/usr/local/bin/python3",
+                "/usr/bin/python3",
+            ]
             python = next((p for p in pythons if runs(p, identity)), None)
             if not python:
                 words = "skipped: there is no Python >= 3.10 that an unprivileged user may run\n"
                 return subprocess.CompletedProcess([], 0, words, "")
         command, done = [python, "-B", f"{folder}/experiments/hostile.py", *options], None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, start_new_session=True, **identity)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                start_new_session=True,
+                **identity,
+            )
         return done
 
 
@@ -416,11 +503,17 @@ def mutate():
     unnoticed, source, script = 0, Path(envs.__file__).read_text(), Path(__file__).read_text()
     for name, (text, other) in PROTECTIONS.items():
         assert source.count(text) == 1, f"{name}: envs.py has no, or more than one, {text}"
-        user = name == "not dumpable" and os.getuid() == 0  # root can't see the difference from outside
+        user = (
+            name == "not dumpable" and os.getuid() == 0
+        )  # root can't see the difference from outside
         done = copied(script, source.replace(text, other), user=user, timeout=60)
         lines = (done.stdout + done.stderr).strip().splitlines() if done else ["hangs"]
         unnoticed += done is not None and done.returncode == 0
-        told = "NOT NOTICED" if done and done.returncode == 0 else lines[0 if not done or done.stdout.strip() else -1][:100]
+        told = (
+            "NOT NOTICED"
+            if done and done.returncode == 0
+            else lines[0 if not done or done.stdout.strip() else -1][:100]
+        )
         print(f"{name:<34}{told}", flush=True)
     return unnoticed
 
@@ -432,7 +525,12 @@ if __name__ == "__main__":
         done = copied(Path(__file__).read_text(), Path(envs.__file__).read_text(), user=True)
         print(done.stdout + done.stderr, end="")
         sys.exit(done.returncode)
-    start, (count, bad) = time.monotonic(), attack(sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] != "--user" else "")
+    start, (count, bad) = (
+        time.monotonic(),
+        attack(sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] != "--user" else ""),
+    )
     print("\n".join(bad), end="\n" * bool(bad))
-    print(f"{count} programs as user {os.getuid()}, {len(bad)} not contained, {time.monotonic() - start:.0f} s")
+    print(
+        f"{count} programs as user {os.getuid()}, {len(bad)} not contained, {time.monotonic() - start:.0f} s"
+    )
     sys.exit(bool(bad))
