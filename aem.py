@@ -377,10 +377,14 @@ CONVERSATION = (("user", "task"), ("assistant", "<<response>>"), ("user", " <<ob
 def render(tokenizer, turns, date=""):
     """Text of a conversation, pairs (role, content), up to the agent's next response."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    options = {"add_generation_prompt": True, "tokenize": False}
-    if date:  # a template may print today's: then it is this one, on any day
-        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
-    return tokenizer.apply_chat_template(messages, **options)
+    template = tokenizer.chat_template
+    if date:  # where the template prints today's, it prints this one, on any day
+        day = datetime.date.fromisoformat(date)
+        pattern = r"""strftime_now\((['"])(.+?)\1\)"""
+        template = re.sub(pattern, lambda call: repr(day.strftime(call[2])), template)
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
 
 
 def chat_frame(tokenizer):
