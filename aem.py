@@ -238,7 +238,7 @@ class Config:
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
     max_turns: int | None = flag(None, "responses per trajectory; by default the env's")
     max_response_tokens: int | None = flag(None, "tokens per response; by default the env's")
-    max_length: int = flag(4096, "tokens per trajectory, prompt and observations too")
+    max_length: int = flag(4096, "tokens per trajectory at most, if the model sees as many")
     env_timeout: float | None = flag(None, "seconds a step may take; 0: no limit; others' envs: 60")
     action_tag: str = flag("", "'action': only <action>...</action> reaches the environment")
     temperature: float = flag(1.0, "sampling temperature; pi and entropies are meant at it")
@@ -377,10 +377,14 @@ CONVERSATION = (("user", "task"), ("assistant", "<<response>>"), ("user", " <<ob
 def render(tokenizer, turns, date=""):
     """Text of a conversation, pairs (role, content), up to the agent's next response."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    options = {"add_generation_prompt": True, "tokenize": False}
-    if date:  # a template may print today's: then it is this one, on any day
-        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
-    return tokenizer.apply_chat_template(messages, **options)
+    template = tokenizer.chat_template
+    if date:  # where the template prints today's, it prints this one, on any day
+        day = datetime.date.fromisoformat(date)
+        pattern = r"""strftime_now\((['"])(.+?)\1\)"""
+        template = re.sub(pattern, lambda call: repr(day.strftime(call[2])), template)
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
 
 
 def chat_frame(tokenizer):
@@ -438,16 +442,17 @@ def add_adapter(model, cfg):
 def check_model(policy, cfg):
     """Raises ValueError for a model that is not head(body(ids)), or sees its ids otherwise."""
     config = policy.body.config
-    positions = getattr(config, "max_position_embeddings", None) or cfg.max_length
+    limit = getattr(config, "max_position_embeddings", None) or cfg.max_length
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond these, they turn with the length
-        positions = rope.get("original_max_position_embeddings", positions)
-    if positions < cfg.max_length:
-        raise ValueError(f"it has {positions} positions: lower --max_length to that")
-    window = getattr(config, "sliding_window", None) or cfg.max_length
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window < cfg.max_length and "sliding_attention" in kinds:
-        raise ValueError(f"some layers see only the last {window} tokens: lower --max_length")
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond, they turn with the length
+        limit = rope.get("original_max_position_embeddings", limit)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        limit = min(limit, getattr(config, "sliding_window", None) or limit)
+    if limit < cfg.max_length and cfg.max_length != Config.max_length:
+        raise ValueError(f"it sees {limit} tokens at once: lower --max_length to that")
+    if limit < cfg.max_length:
+        print(f"--max_length is {limit}, as this model sees no more at once", file=sys.stderr)
+        cfg.max_length = limit
     t = Trajectory(0, None, None, list(range(8)))
     cache = SlotCache()
     for _ in range(2):  # a prompt, then a token
@@ -1228,6 +1233,8 @@ def check_same(run, cfg):
         raise UsageError(f"{run / 'config.json'} can't be read ({error})") from error
     cfg.lr = then["lr"] if cfg.lr is None else cfg.lr
     cfg.date = cfg.date or then["date"]
+    if cfg.max_length == Config.max_length:
+        cfg.max_length = then["max_length"]  # the model's own limit, perhaps
     differ = [k for k, v in asdict(cfg).items() if k not in MAY_CHANGE and v != then.get(k)]
     if differ:
         raise UsageError(f"{run} has another --{', --'.join(differ)}: use its, or another --name")

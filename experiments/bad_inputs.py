@@ -27,7 +27,8 @@ class Messages:
         if report.when != "call":
             return
         case = dict(report.user_properties)
-        lines = [case["flags"], f"    {TEMPORARY_FOLDER.sub('', case['message'])}"]
+        message = case.get("message", "(the case failed before it had one)")
+        lines = [case.get("flags", report.nodeid), f"    {TEMPORARY_FOLDER.sub('', message)}"]
         if report.failed:
             lines.append("    FAILED")
         self.texts.append("\n".join(lines))

@@ -124,9 +124,9 @@ def tokenizer():
 
 def policy(shape=TINY, vocabulary=None, device="cpu", dtype="float32"):
     """A policy of random weights that never ends a response: all have the same length."""
-    torch.manual_seed(0)
     size = len(tokenizer()) if vocabulary is None else vocabulary
     sizes = {"vocab_size": size, "tie_word_embeddings": True} | shape
+    torch.manual_seed(0)  # subtle: after the tokenizer, which draws random numbers when it is made
     with torch.device(device):
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     made = aem.Policy(model, tokenizer(), dtype=dtype)
