@@ -1858,7 +1858,7 @@ def test_a_broken_file_of_a_run_is_named_and_the_rest_goes_on(runs, whole):
     torch.save({"step": 7}, folder / "half")
     for file in (damaged / "config.json", damaged / "checkpoints" / "step-000007.pt"):
         content = file.read_bytes()
-        for damage in (content[:1000], b"", b"something else", (folder / "half").read_bytes()):
+        for damage in (content[:500], b"", b"something else", (folder / "half").read_bytes()):
             file.write_bytes(damage)
             with pytest.raises(aem.UsageError, match=f"{file} (can't be read|is broken)"):
                 run(**flags)
@@ -2111,7 +2111,7 @@ def test_adapters_train_alone(runs):
     assert adapters.exists() and not (adapters.parent / "model.safetensors").exists()
     (evaluated,) = run(name="adapted", model=str(folder / "adapters"), steps=0)
     assert evaluated["eval_success"] == rows[-1]["eval_success"]
-    with pytest.raises(aem.UsageError, match="adapters have rank {4}"):
+    with pytest.raises(aem.UsageError, match="its adapters have rank"):
         run(name="other", model=str(folder / "adapters"), lora_rank=8)
     more = run(name="more", model=str(folder / "adapters"), steps=1, lr=None)
     assert more[0]["eval_success"] == rows[-1]["eval_success"] and more[1]["updates"]
