@@ -975,10 +975,9 @@ def test_the_warm_start_is_reused_and_its_key_covers_its_flags(tmp_path):
     assert folder(seed=9) == first
     assert times == {file: file.stat().st_mtime_ns for file in first.iterdir()}
     whole = {file: file.read_bytes() for file in first.iterdir()}
-    os.truncate(first / "tokenizer.json", 100)
-    assert folder() == first and whole == {file: file.read_bytes() for file in first.iterdir()}
-    (first / "model.safetensors").unlink()
-    assert folder() == first and whole == {file: file.read_bytes() for file in first.iterdir()}
+    for damage in (lambda file: os.truncate(file, 100), Path.unlink):
+        damage(first / "tokenizer.json")
+        assert folder() == first and whole == {file: file.read_bytes() for file in first.iterdir()}
     others = [{"warm_steps": 3}, {"warm_noise": 0.1}, {"max_turns": 2}]
     assert len({first, *(folder(**flags) for flags in others)}) == 4
     assert len(list(tmp_path.iterdir())) == 4
@@ -1234,11 +1233,12 @@ def test_kinds_of_tasks_and_rewards_may_have_other_types(kind, name, reward, tin
             answer, _, *rest = super().step(text)
             return answer, reward(1), *rest
 
-    played, row = aem.evaluate(tiny, [Odd() for _ in range(16)], config(eval_tasks=16))
+    cfg = config(eval_tasks=16, action_tag="do")  # which is added to the instructions
+    played, row = aem.evaluate(tiny, [Odd() for _ in range(16)], cfg)
     assert [t.reward for t in played] == [len(t.responses) for t in played]
     assert all(type(t.reward) is float and not t.error for t in played)
     assert set(row["eval_by_type"]) - set(Echo.words) == {name} - {None}
-    aem.record(tmp_path, {"step": 0} | row, played, config())
+    aem.record(tmp_path, {"step": 0} | row, played, cfg)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -2907,8 +2907,7 @@ def test_code_trains_in_threads_as_without(tmp_path, monkeypatch):
         sizes = {"groups": 2, "group_size": 8, "steps": 2, "warm_steps": 40, "eval_tasks": 8}
         folders = {"out": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
         cfg = aem.Config(env="code", device="cpu", **sizes, **folders)
-        rows = aem.train(cfg)
-        return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows], cfg
+        return without_times(aem.train(cfg)), cfg
 
     rows, cfg = train()
     assert rows[0]["env_errors"] == 0 and rows[0]["turns"] > 1
@@ -2926,10 +2925,7 @@ def test_a_sandbox_that_breaks_stops_the_run(parallel, tmp_path, monkeypatch, ca
     monkeypatch.setattr(Echo, "parallel", parallel, raising=False)
     folders = ["--out", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
     flags = ["--env", f"{__name__}:Echo", "--warm_steps", "0", "--device", "cpu", *folders]
-    monkeypatch.setattr(sys, "argv", ["aem.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        aem.main()
-    assert stop.value.code == 2
+    assert run_main(monkeypatch, *flags) == 2
     assert capsys.readouterr().err.strip().endswith("aem.py: error: its server has died")
 
 
