@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import fractions
 import functools
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -28,6 +30,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -1651,8 +1654,47 @@ def test_a_step_shows_a_alpha_and_their_product(tiny):
 def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
     first = {"eval_success": 0.5, "eval_by_type": {"a": 0.5}, "eval_tasks": 8}
     last = {"eval_success": 0.75, "eval_by_type": {"a": 1.0, "b": 0.5}, "eval_tasks": 8}
-    aem.report(Path("runs/x"), [first, {}, last, {}], 1, "held-out success")
-    assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
+    for held_out, title in ((True, "held-out success"), (False, "evaluation success")):
+        aem.report(Path("runs/x"), [first, {}, last, {}], 1, held_out)
+        printed = capsys.readouterr().out
+        assert printed.startswith(title) and re.search(r"\nb +nan% +50.0%\n", printed)
+
+
+@pytest.fixture
+def evaluation(tiny):
+    """Plays the evaluation's tasks in batches of `size`."""
+
+    def evaluate(size, **limits):
+        environments = [envs.Household(3) for _ in range(size)]
+        for name, value in limits.items():
+            setattr(environments[0], name, value)
+        cfg = config(groups=size // 2, group_size=2, eval_tasks=9)
+        return aem.evaluate(tiny, environments, cfg)
+
+    return evaluate
+
+
+def test_an_evaluation_hangs_on_its_tasks_alone(evaluation):
+    few, _ = evaluation(4)
+    many, metrics = evaluation(8)
+    assert [t.ids for t in few] == [t.ids for t in many]
+    assert len({t.seed for t in many}) == len({t.group for t in many}) == metrics["eval_tasks"] == 9
+    assert min(t.seed for t in many) == envs.HELD_OUT
+    played, metrics = evaluation(4, evaluation_tasks=5)  # there are no more
+    assert [t.ids for t in played] == [t.ids for t in many[:5]] and metrics["eval_tasks"] == 5
+
+
+def test_an_evaluation_shows_a_success_and_a_failure(tiny, evaluation):
+    played, _ = evaluation(4)
+    for t in played:
+        t.success = t.group == 3
+        t.responses[0].text = "one\ntwo"
+    text = aem.readable(played, 0)
+    headers = re.findall("=== .*", text)
+    assert len(headers) == 2 and "success" in headers[0] and "failure" in headers[1]
+    assert text.count(played[3].prompt) == 1
+    assert re.search(r"  > one +H_bar .*\n    two\n", text)
+    assert aem.readable(played[:1], 0).count("===") == 1
 
 
 # ------------------------------------------------------------------------------ 7. the run
@@ -1815,6 +1857,63 @@ def test_a_second_signal_ends_the_run_at_once(runs):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=8)
     assert process.returncode in (130, -signal.SIGINT)
+
+
+class Odd(Echo):
+    """Moves to another folder, exits in some tasks; says odd things that count as well."""
+
+    instructions = None
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        Odd.made += 1
+
+    def reset(self, *, seed=None):
+        os.chdir(tempfile.gettempdir())
+        kinds = [None, 7, "word", types.SimpleNamespace()]
+        return super().reset(seed=seed)[0], {"task_type": kinds[seed % 4]}
+
+    def step(self, text):
+        if self.seed % 5 == 0:
+            sys.exit(0)
+        observation, _, terminated, truncated, _ = super().step(text)
+        rewards = [1, fractions.Fraction(1, 2), torch.tensor(2.0), numpy.float32(3)]
+        return observation, rewards[self.seed % 4], int(terminated), numpy.bool_(truncated), {}
+
+
+@pytest.mark.parametrize("seconds", [0, 60])  # in the main thread, in threads
+def test_odd_environments_are_taken_as_they_are(seconds, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environments = [Odd() for _ in range(16)]
+    cfg = config(env="test_aem:Odd", env_timeout=seconds, groups=8, group_size=2, out="here")
+    made = Odd.made
+    played = aem.rollout(tiny, environments, range(1, 9), 2, cfg, "odd")
+    assert cfg.out == str(tmp_path / "here")
+    crashed = [t for t in played if t.error]
+    assert {t.seed for t in crashed} == {5} and all("SystemExit" in t.error for t in crashed)
+    assert Odd.made == made + 2 and None not in environments  # new ones in their places
+    assert all(type(t.reward) is float and type(t.task_type) is str for t in played)
+    assert {t.reward for t in played if not t.error} <= {1.0 * k for k in range(1, 10)} | {0.5, 1.5}
+
+
+def test_logits_that_are_not_finite_stop_the_run(tiny, tmp_path):
+    policy = clone(tiny)
+    policy.weights[-1].data.fill_(math.nan)
+    with pytest.raises(aem.UsageError, match="not finite"):
+        play(policy, Echo, [1], 2, config())
+    for part in (policy.model, policy.tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(aem.UsageError, match="weights are not finite"):
+        aem.load_policy(config(), str(tmp_path))
+
+
+@pytest.mark.parametrize("estimator", ["dr_grpo", "grpo++"])
+def test_a_mini_batch_of_nothing_makes_no_step(estimator, tiny, played):
+    policy = clone(tiny)
+    optimizer = torch.optim.SGD(policy.weights, lr=0.0)
+    cfg = config(estimator=estimator, minibatches=5)
+    assert aem.update(policy, optimizer, played[:3], cfg, 1)["updates"] <= 3
 
 
 def test_the_first_crash_is_kept_and_counted(runs, monkeypatch):
