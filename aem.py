@@ -1252,7 +1252,7 @@ def written(path):
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
 def save_checkpoint(run, policy, optimizer, step):

@@ -1782,7 +1782,19 @@ def test_a_run_is_resumed_with_its_own_settings_only(runs):
     with pytest.raises(aem.UsageError, match="step-000002.pt is broken"):
         run(steps=3, resume="auto", **flags)
     newest.unlink()
+    mine = folder / "own" / "checkpoints" / "step-backup.pt"
+    mine.write_text("mine")  # is no checkpoint, and stays
+    (folder / "own" / "metrics.jsonl").write_text('{"st')  # what was lost comes back
     assert len(run(steps=3, resume="auto", **flags)) == 4  # from the one before
+    assert mine.read_text() == "mine" and [r["step"] for r in folder_rows(folder / "own")] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    (folder / "own" / "config.json").write_text("{")
+    with pytest.raises(aem.UsageError, match="config.json can't be read"):
+        run(steps=4, resume="auto", **flags)
     assert len(run(name="not there", steps=0, resume="auto")) == 1  # a new run
 
 
