@@ -1169,10 +1169,11 @@ def plot_curves(run, rows):
     figure.savefig(run / "curves.png", dpi=120)
 
 
-def report(run, rows, seconds, title):
+def report(run, rows, seconds, held_out):
     """Print success before and after, with the 95 % interval of the last (Wilson, 1927)."""
     rows = [row for row in rows if "eval_success" in row]
     before, after = [{"all": r["eval_success"], **r["eval_by_type"]} for r in (rows[0], rows[-1])]
+    title = "held-out success" if held_out else "evaluation success"
     print(f"{title:<20}{'before':>8}{'after':>8}")
     for kind, success in after.items():
         print(f"{kind:<20}{before.get(kind, math.nan):>8.1%}{success:>8.1%}")
@@ -1251,7 +1252,7 @@ def written(path):
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
 def save_checkpoint(run, policy, optimizer, step):
@@ -1422,8 +1423,7 @@ def train(cfg):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     if first:
         held_out = getattr(environments[0], "held_out", False)  # else other seeds of the same tasks
-        title = "held-out success" if held_out else "evaluation success"
-        report(run, rows, time.perf_counter() - start, title)
+        report(run, rows, time.perf_counter() - start, held_out)
         plot_curves(run, rows)
     if cfg.steps > 0:
         export(run, policy)

@@ -1230,8 +1230,8 @@ def test_kinds_of_tasks_and_rewards_may_have_other_types(kind, name, reward, tin
             return observation, {"task_type": kind} if seed % 2 else info
 
         def step(self, text):
-            answer, _, *rest = super().step(text)
-            return answer, reward(1), *rest
+            answer, _, ended, cut, info = super().step(text)
+            return answer, reward(1), int(ended), numpy.bool_(cut), info
 
     cfg = config(eval_tasks=16, action_tag="do")  # which is added to the instructions
     played, row = aem.evaluate(tiny, [Odd() for _ in range(16)], cfg)
@@ -1757,7 +1757,7 @@ def test_a_trajectory_as_text():
 def test_the_report_bears_a_kind_of_task_that_was_not_there_before(capsys):
     first = {"eval_success": 0.5, "eval_by_type": {"a": 0.5}, "eval_tasks": 8}
     last = {"eval_success": 0.75, "eval_by_type": {"a": 1.0, "b": 0.5}, "eval_tasks": 8}
-    aem.report(Path("runs/x"), [first, {}, last, {}], 1, "held-out success")
+    aem.report(Path("runs/x"), [first, {}, last, {}], 1, True)
     assert re.search(r"\nb +nan% +50.0%\n", capsys.readouterr().out)
 
 

@@ -28,7 +28,8 @@ class Messages:
             return
         case = dict(report.user_properties)
         message = case.get("message", "(the case failed before it had one)")
-        lines = [case.get("flags", report.nodeid), f"    {TEMPORARY_FOLDER.sub('', message)}"]
+        message = TEMPORARY_FOLDER.sub("", message).replace(f"{ROOT}/", "")
+        lines = [case.get("flags", report.nodeid), f"    {message}"]
         if report.failed:
             lines.append("    FAILED")
         self.texts.append("\n".join(lines))
