@@ -441,6 +441,8 @@ def add_adapter(model, cfg):
 @torch.no_grad()
 def check_model(policy, cfg):
     """Raises ValueError for a model that is not head(body(ids)), or sees its ids otherwise."""
+    if not all(p.isfinite().all() for p in policy.model.parameters()):
+        raise ValueError("its weights are not finite")
     config = policy.body.config
     limit = getattr(config, "max_position_embeddings", None) or cfg.max_length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -460,8 +462,6 @@ def check_model(policy, cfg):
         ids = torch.tensor([t.ids], device=policy.device)
         theirs = policy.model(ids).logits[0, -1].float().softmax(-1)
         gap = (ours - theirs).abs().sum().item()
-        if math.isnan(gap):
-            raise ValueError("its weights are not finite")
         if gap > 0.05:
             raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
         t.ids.append(1)
@@ -514,21 +514,21 @@ def warm_start(env, cfg):
     key = hashlib.sha256(json.dumps(settings + sources).encode()).hexdigest()[:16]
     folder = Path(cfg.cache_dir) / key
     sizes = folder / "sizes.json"  # of its files: one that was cut short later on is noticed
-    if not sizes.exists() or json.loads(sizes.read_text()) != file_sizes(folder):
+    if not sizes.exists() or sizes.read_text() != file_sizes(folder):
         unfinished = folder.with_suffix(f".{os.getpid()}")
         unfinished.mkdir(parents=True, exist_ok=True)  # shows now if it can't be written
         for part in envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise):
             part.save_pretrained(unfinished)
-        (unfinished / "sizes.json").write_text(json.dumps(file_sizes(unfinished)))
+        (unfinished / "sizes.json").write_text(file_sizes(unfinished))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)  # complete, or not there at all
     return folder
 
 
 def file_sizes(folder):
-    return {
-        file.name: file.stat().st_size for file in folder.iterdir() if file.name != "sizes.json"
-    }
+    """Names and bytes of a folder's files, as JSON."""
+    files = sorted(file for file in folder.iterdir() if file.name != "sizes.json")
+    return json.dumps({file.name: file.stat().st_size for file in files})
 
 
 # ------------------------------------------------------------------------------ 4. rollout
@@ -692,7 +692,8 @@ def begin(policy, t, observation, info, cfg):
         instructions += f" between <{cfg.action_tag}> and </{cfg.action_tag}>."
     t.ids = policy.opening_ids(instructions, observation)
     t.prompt = observation
-    t.task_type = str(info.get("task_type") or "")
+    kind = info.get("task_type")
+    t.task_type = "" if kind is None else str(kind)
     if len(t.ids) + cfg.max_response_tokens > cfg.max_length:
         raise ValueError(f"a prompt of {len(t.ids)} tokens leaves no room: raise --max_length")
 
@@ -1048,7 +1049,7 @@ def update(policy, optimizer, trajectories, cfg, step):
                 rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
             optimizer.zero_grad()
     metrics = {"updates": len(rows), "skipped_updates": len(gaps) - len(rows)}
-    if gaps:
+    if gaps and math.isfinite(gaps[0]):
         metrics["logp_gap"] = gaps[0]
     if rows:
         metrics |= {name: fmean(row[name] for row in rows) for name in rows[0]}
