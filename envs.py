@@ -31,6 +31,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import types
 import zlib
 
@@ -811,15 +812,19 @@ def make(name, **kwargs):
         known = ", ".join(ENVS)
         raise ValueError(f"unknown environment {name!r}: use one of {known}, or module:Class")
     try:
-        if module == "gem":
-            return Gem(pkgutil.resolve_name("gem:make")(rest, **kwargs))
         if os.getcwd() not in sys.path:  # aem.py may lie in another folder
             sys.path.append(os.getcwd())
-        return pkgutil.resolve_name(name)(**kwargs)
+        maker = pkgutil.resolve_name("gem:make" if module == "gem" else name)
+        if not callable(maker):
+            raise TypeError("it is no class")
     except Exception as error:
         hint = "; pip install gem-llm" if getattr(error, "name", "") == "gem" else ""
         why = f"{type(error).__name__}: {error}{hint}"
         raise ValueError(f"cannot make environment {name!r}: {why}") from error
+    try:
+        return Gem(maker(rest, **kwargs)) if module == "gem" else maker(**kwargs)
+    except Exception as error:  # in its own code
+        raise ValueError(f"cannot make environment {name!r}:\n{traceback.format_exc()}") from error
 
 
 # The embedded policy's chat template. It knows its task, so it passes over the system prompt.
