@@ -414,11 +414,10 @@ def special_tokens(tokenizer, ends):
         i for i in [*token_ids(tokenizer, render(tokenizer, CONVERSATION)), *ends] if i in added
     }
     control = re.compile("|".join(re.escape(added[i].content) for i in used))
-    spelling = {}
-    for i, token in added.items():
-        if token.special and i not in used:
-            spelling[i] = token_ids(tokenizer, token.content, split_special_tokens=True)
-    return control, spelling
+    words = [i for i, token in added.items() if token.special and i not in used]
+    texts = [added[i].content for i in words]
+    spelled = token_ids(tokenizer, texts, split_special_tokens=True) if words else []
+    return control, dict(zip(words, spelled))
 
 
 def add_adapter(model, cfg):
@@ -491,8 +490,10 @@ def load_policy(cfg, path):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         if cfg.lora_rank or getattr(model, "_hf_peft_config_loaded", False):
             add_adapter(model, cfg)
-        policy = Policy(model.to(cfg.device), tokenizer, cfg.temperature, cfg.dtype, cfg.date)
-        check_model(Policy(model, tokenizer), cfg)  # in float32, at temperature 1
+        policy = Policy(model.to(cfg.device), tokenizer, date=cfg.date)
+        check_model(policy, cfg)  # in float32, at temperature 1: only then as asked for
+        policy.temperature = cfg.temperature
+        policy.dtype = cfg.dtype
     except Exception as error:  # whatever loaders, templates and models of others raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error

@@ -24,6 +24,7 @@ class Messages:
         self.texts = []
 
     def pytest_runtest_logreport(self, report):
+        """pytest calls this after each phase of a case."""
         if report.when != "call":
             return
         case = dict(report.user_properties)

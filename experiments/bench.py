@@ -265,6 +265,7 @@ def trl_conversations(made, turns, tokens):
     """What TRL asks of a `rollout_func`: conversations of several turns."""
 
     def conversations(prompts, trainer):
+        """TRL's `rollout_func`: whole conversations, by `generate` in each turn."""
         made.model = trainer.accelerator.unwrap_model(trainer.model)
         made.model.eval()
         whole = regenerate(made, len(prompts), turns, tokens)
@@ -648,6 +649,7 @@ def sandbox(batch=40):
 
 # ------------------------------------------------------------------------------ the figure
 def draw_turns(axis, rows):
+    """Seconds of a rollout by turns, against `generate`."""
     for name, label in (
         ("generate", "generate on the whole conversation"),
         ("ours", "ours: cache carried over turns"),
@@ -661,6 +663,7 @@ def draw_turns(axis, rows):
 
 
 def draw_update(axis, found):
+    """Memory of an update above the weights, with each kind of head."""
     kinds = {
         "body": "body alone",
         "ours": "ours: head\nin chunks",
@@ -676,6 +679,7 @@ def draw_update(axis, found):
 
 
 def draw_step(axis, found):
+    """Seconds of a training step, against TRL."""
     rows = {"1 turn of 64 tokens": "1 turns of 64 tokens"}
     rows["16 turns of 8 tokens"] = "16 turns of 8 tokens"
     kinds = {

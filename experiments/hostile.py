@@ -299,78 +299,73 @@ def traces(folder):
     }
 
 
-def look_inside(sandbox):
-    """What a running child is really held by, read from outside: [what is missing]. Then its server dies, and so must it."""
-    secret = os.urandom(8).hex().encode()
-    before = sandbox.run(SCAN % secret[::-1], "f", [[0]])[0].get("value")
+STATUS = {"NoNewPrivs": "1", "Seccomp": "2"}
+STATUS |= {"CapEff": "0" * 16, "CapPrm": "0" * 16, "CapInh": "0" * 16}
+LIMITS = {"Max cpu time": 1, "Max file size": 0, "Max core file size": 0, "Max processes": 0}
+LIMITS |= {"Max open files": 32, "Max address space": 512 << 20}
+
+
+def look_for_others(sandbox):
+    """Whether a program finds in its memory what others held before: [what it finds]."""
+    secret = os.urandom(8).hex()
+    scan = SCAN % secret[::-1].encode()
+    before = sandbox.run(scan, "f", [[0]])[0].get("value")
     for _ in range(20):
-        sandbox.run(
-            f"text = {secret.decode() * 9!r}\ndef f(x): return x + text", "f", [[secret.decode()]]
-        )
-    after = sandbox.run(SCAN % secret[::-1], "f", [[0]])[0].get("value")
-    missing = (
-        []
-        if before == after
-        else [f"it finds another program in its memory ({before} pages before, {after} after)"]
-    )
+        sandbox.run(f"text = {secret * 9!r}\ndef f(x): return x + text", "f", [[secret]])
+    after = sandbox.run(scan, "f", [[0]])[0].get("value")
+    if before == after:
+        return []
+    return [f"it finds another program in its memory ({before} pages before, {after} after)"]
+
+
+def look_at(pid):
+    """What holds a running child, read from outside: [what is missing]."""
+    child = Path("/proc", str(pid))
+    missing = []
+    lines = (child / "status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    for name, value in STATUS.items():
+        if status[name].strip() != value:
+            missing.append(f"{name} is {status[name]}")
+    lines = (child / "limits").read_text().splitlines()
+    for name, value in LIMITS.items():
+        line = next(line for line in lines if line.startswith(name))
+        if line[26:].split()[:2] != [str(value), str(value)]:
+            missing.append(f"{name} is not {value}")
+    with contextlib.suppress(PermissionError):  # as a user we may not look
+        if sorted(os.listdir(child / "fd")) != ["0", "1", "2", "3"]:
+            missing.append("it has other descriptors")
+    if (child / "mem").stat().st_uid != 0:  # what can't be dumped belongs to root
+        missing.append("it can be traced")
+    if os.getsid(pid) != pid:
+        missing.append("it is in its server's session")
+    return missing
+
+
+def only_child(pid):
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def look_inside(sandbox):
+    """What a running child is really held by. Then its server dies, and so must it.
+
+    Returns: [what is missing].
+    """
+    missing = look_for_others(sandbox)
     server = sandbox.idle.get()
     sandbox.idle.put(server)
     with ThreadPoolExecutor(1) as pool:
         asleep = pool.submit(sandbox.run, "import time\ntime.sleep(9)", "f", [[1]])
         time.sleep(0.5)
-        watcher = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0]
-        pid = int(Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()[0])
-        child = Path("/proc", str(pid))
-        status = dict(
-            line.split(":\t", 1)
-            for line in (child / "status").read_text().splitlines()
-            if ":\t" in line
-        )
-        wanted = {
-            "NoNewPrivs": "1",
-            "Seccomp": "2",
-            "CapEff": "0" * 16,
-            "CapPrm": "0" * 16,
-            "CapInh": "0" * 16,
-        }
-        missing += [
-            f"{name} is {status[name]}"
-            for name, value in wanted.items()
-            if status[name].strip() != value
-        ]
-        limits = (child / "limits").read_text()
-        wanted = {
-            "Max cpu time": 1,
-            "Max file size": 0,
-            "Max core file size": 0,
-            "Max processes": 0,
-            "Max open files": 32,
-        }
-        for name, value in (wanted | {"Max address space": 512 << 20}).items():
-            if (
-                next(line for line in limits.splitlines() if line.startswith(name))[26:].split()[:2]
-                != [str(value)] * 2
-            ):
-                missing.append(f"{name} is not {value}")
-        with contextlib.suppress(PermissionError):  # as a user we may not look
-            missing += (
-                ["it has other descriptors"]
-                if sorted(os.listdir(child / "fd")) != ["0", "1", "2", "3"]
-                else []
-            )
-        missing += (
-            ["it can be traced"] if (child / "mem").stat().st_uid != 0 else []
-        )  # what can't be dumped belongs to root
-        missing += ["it is in its server's session"] if os.getsid(pid) != pid else []
+        pid = only_child(only_child(server.pid))  # its watcher's
+        missing += look_at(pid)
         server.kill()
         time.sleep(0.3)
-        alive = child.exists() and "Z" not in (child / "stat").read_text().split(")")[1][:3]
-        missing += ["it outlives its server"] if alive else []
-        missing += (
-            ["a dead server goes unnoticed"]
-            if not isinstance(asleep.exception(), envs.SandboxError)
-            else []
-        )
+        child = Path("/proc", str(pid))
+        if child.exists() and "Z" not in (child / "stat").read_text().split(")")[1][:3]:
+            missing.append("it outlives its server")
+        if not isinstance(asleep.exception(), envs.SandboxError):
+            missing.append("a dead server goes unnoticed")
     return missing
 
 
