@@ -37,7 +37,7 @@ import traceback
 from collections import Counter
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,14 +67,14 @@ def token_stats(logits, ids):
     """Log-prob log pi(y_l | s, y_<l) of tokens, and token entropy -sum_v pi(v) log pi(v).
 
     Args: logits (..., V), already divided by the temperature, -inf allowed; ids (...) integers.
-    Returns: (logp, entropy), two (...) of float32 or better. No gradient flows through entropy.
+    Returns: (logp, entropy), two (...) of float32 or better.
     >>> token_stats(torch.zeros(2), torch.tensor(1))  # a fair coin: log 1/2 and log 2
     (tensor(-0.6931), tensor(0.6931))
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p = logits.to(dtype).log_softmax(-1)  # (..., V)
     logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (..., V) -> (...)
-    log_p = log_p.detach().clamp_min(torch.finfo(dtype).min)  # subtle: 0 * -inf would be NaN
+    log_p = log_p.clamp_min(torch.finfo(dtype).min)  # subtle: 0 * -inf would be NaN
     entropy = -(log_p.exp() * log_p).sum(-1)  # (..., V) -> (...)
     return logp, entropy
 
@@ -115,29 +115,50 @@ class Estimator:
     """A base estimator: how rewards become advantages, and advantages a loss."""
 
     advantage: str = "standardised"  # or 'centred', 'leave-one-out'
-    loss_mean: str = "trajectory"  # mean of token means; or over every 'token'; or a 'constant'
+    loss_mean: str = "trajectory"  # or 'response': of token means; every 'token'; a 'constant'
     clip_low: float = 0.2  # epsilon_low
     clip_high: float = 0.2  # epsilon_high
-    sequence_ratio: bool = False  # one ratio per trajectory, not one per token
+    ratio: str = "token"  # pi / pi_old of each 'token'; one for a 'response', or a 'trajectory'
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal
     overlong: float = 0.0  # soft penalty on this last share of --max_response_tokens
     compact_filtering: bool = False  # don't train on trajectories that hit a limit
     step_weight: float = 0.0  # w in A = A_episode + w A_step
     gamma: float = 0.95  # discount of the returns in A_step
+    statistics: str = "trajectories"  # of a group, that mean and std run over; or its 'turns'
+    dual_clip: float = math.inf  # c: where A < 0, a token's loss is -A c at most
+    kl: float = 0.0  # weight of the KL divergence (k3) from the starting policy
+    entropy_bonus: float = 0.0  # weight of the tokens' entropies, taken off the loss
+    minibatches: int = 2  # optimizer steps per pass over a rollout batch
+    task_order: bool = False  # minibatches of neighbouring groups, not shuffled
 
 
-ESTIMATORS = {  # none has an entropy bonus, a dual clip or, by itself, a KL term
+ESTIMATORS = {  # as their papers have them: no entropy bonus, no dual clip
     "grpo": Estimator(),  # DeepSeekMath, arXiv:2402.03300
     "dr_grpo": Estimator("centred", "constant"),  # Dr. GRPO, arXiv:2503.20783
     "rloo": Estimator("leave-one-out", "token"),  # Back to basics, arXiv:2402.14740
     # DAPO, arXiv:2503.14476
     "dapo": Estimator(loss_mean="token", clip_high=0.28, dynamic_sampling=True, overlong=0.2),
     # GSPO, arXiv:2507.18071
-    "gspo": Estimator(clip_low=3e-4, clip_high=4e-4, sequence_ratio=True),
+    "gspo": Estimator(clip_low=3e-4, clip_high=4e-4, ratio="trajectory"),
     # DeepSWE's recipe (Together AI and Agentica, 2025)
     "grpo++": Estimator("leave-one-out", "constant", clip_high=0.28, compact_filtering=True),
     "gigpo": Estimator(loss_mean="token", step_weight=1.0),  # GiGPO, arXiv:2505.10978
 }
+
+
+def verl_agent(rule):
+    """An estimator as verl-agent's scripts for ALFWorld and WebShop run it.
+
+    Source: github.com/langfengQ/verl-agent, October 2025, examples and ppo_trainer.yaml; the dual
+    clip is arXiv:1912.09729. Its 256 turns a minibatch are 9 to 25 minibatches of 16 x 8 episodes.
+    >>> verl_agent(ESTIMATORS["gspo"]).ratio
+    'response'
+    """
+    rule = replace(rule, statistics="turns", loss_mean="token", dual_clip=3.0, overlong=0.0)
+    rule = replace(rule, kl=0.01, entropy_bonus=0.001, minibatches=16, task_order=True)
+    if rule.ratio == "trajectory":  # a turn is a sequence there, and its GSPO has no dual clip
+        rule = replace(rule, ratio="response", loss_mean="response", dual_clip=math.inf)
+    return rule
 
 
 def vary(rewards):
@@ -149,8 +170,7 @@ def vary(rewards):
 def group_advantages(rewards, group, kind="standardised"):
     """Advantage of each trajectory against its group; where all rewards are equal, exactly 0.
 
-    Statistics run over trajectories, not over their turns. Sources: see ESTIMATORS.
-    Args: rewards (N,) floats; group (N,) integers. Returns: (N,).
+    Sources: see ESTIMATORS. Args: rewards (N,) floats; group (N,) integers. Returns: (N,).
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4))
     tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
     """
@@ -170,26 +190,30 @@ def group_advantages(rewards, group, kind="standardised"):
 
 
 def token_weights(tokens, kind, longest):
-    """Weight in the loss of each token of a trajectory: what the loss is a mean over.
+    """Weight in the loss of each token of a sequence: what the loss is a mean over.
 
-    Args: tokens (N,), trained tokens of each trajectory; longest, as many as one can have.
+    Args: tokens (N,), trained tokens of each sequence: a trajectory, or for the kind 'response' a
+    response; longest, as many as a trajectory can have.
     """
-    if kind == "trajectory":  # GRPO: mean over trajectories of their token mean
+    if kind in ("trajectory", "response"):  # GRPO: mean over sequences of their token mean
         return 1 / (tokens.count_nonzero() * tokens)
     if kind == "token":  # DAPO: mean over all tokens
         return (1 / tokens.sum()).expand_as(tokens)
     return torch.full_like(tokens, 1 / (len(tokens) * longest))  # Dr. GRPO: a constant
 
 
-def clipped_loss(logp, old_logp, advantage, clip_low, clip_high):
+def clipped_loss(logp, old_logp, advantage, clip_low, clip_high, dual_clip=math.inf):
     """PPO's loss per token, max(-A r, -A clip(r, 1 - low, 1 + high)), and where the clip acts.
 
-    Args: logp, old_logp, advantage (n,). Returns: two (n,). Source: PPO, arXiv:1707.06347.
+    Where A < 0 the dual clip keeps it below -A c. Args: logp, old_logp, advantage (n,).
+    Returns: two (n,). Sources: PPO, arXiv:1707.06347; dual clip, arXiv:1912.09729.
     """
     ratio = torch.exp(logp - old_logp)  # r = pi / pi_old
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(unclipped, clipped), clipped > unclipped
+    loss = torch.maximum(unclipped, clipped)
+    capped = torch.minimum(loss, -advantage * dual_clip)
+    return torch.where(advantage < 0, capped, loss), clipped > unclipped
 
 
 def entropy_drift(logits, advantages):
@@ -232,7 +256,10 @@ class Config:
     aem_scope: Literal["group", "trajectory", "batch"] = flag("group", "H_bar is compared within")
     estimator: Literal[tuple(ESTIMATORS)] = flag("grpo", "base advantage A, and its loss")
     max_resample: int = flag(20, "DAPO: draws at most to replace groups of equal rewards; or 0")
-    kl_coef: float = flag(0.0, "weight of the KL divergence (k3) from the starting policy")
+    recipe: Literal["plain", "verl_agent"] = flag(
+        "plain", "the estimator as in its paper, or there"
+    )
+    kl_coef: float | None = flag(None, "KL (k3) from the starting policy; by default the recipe's")
     # rollout
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
     group_size: int = flag(8, "rollouts of each task; a group of one has no baseline")
@@ -247,7 +274,7 @@ class Config:
     lr: float | None = flag(None, "AdamW; by default 7e-4 below 10 M weights, LoRA 1e-5, else 1e-6")
     lora_rank: int = flag(0, "train LoRA adapters of this rank (pip install peft); 0: all weights")
     epochs: int = flag(1, "passes of the update over one rollout batch")
-    minibatches: int = flag(2, "optimizer steps per pass")
+    minibatches: int | None = flag(None, "optimizer steps per pass; by default the recipe's")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     recompute_old_logps: bool = flag(False, "old log-probs by the update's forward, for bf16")
     # machine
@@ -268,6 +295,16 @@ class Config:
     warm_steps: int = flag(1000, "imitation steps that warm-start the 'tiny' policy")
     warm_noise: float = flag(0.35, "share of random actions in its demonstrations")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept")
+
+    @property
+    def rule(self):
+        """The Estimator, as the recipe and the flags have it."""
+        rule = ESTIMATORS[self.estimator]
+        if self.recipe == "verl_agent":
+            rule = verl_agent(rule)
+        kl = rule.kl if self.kl_coef is None else self.kl_coef
+        minibatches = rule.minibatches if self.minibatches is None else self.minibatches
+        return replace(rule, kl=kl, minibatches=minibatches)
 
     def check(self):
         """Raises UsageError for what can't work. Settles paths, time limit, device and dtype."""
@@ -544,8 +581,10 @@ class Response:
     text: str = ""
     observation: str = ""  # what the environment said to it
     reward: float = 0.0
+    invalid: bool = False  # the environment carried nothing out
     alpha: float = 1.0
     advantage: float = 0.0  # A_AEM = alpha A
+    weight: float = 0.0  # of each of its tokens in the loss
 
     @property
     def h_bar(self):
@@ -566,7 +605,6 @@ class Trajectory:
     prompt: str = ""
     task_type: str = ""
     reward: float = 0.0
-    weight: float = 0.0  # of each of its tokens in the loss
     penalty: float = 0.0  # soft overlong penalty, taken off the reward
     invalid: int = 0  # actions
     success: bool = False
@@ -709,7 +747,8 @@ def observe(policy, t, observation, reward, terminated, truncated, info, cfg):
         raise ValueError(f"the environment's reward is {reward}")
     t.reward += response.reward
     no_action = not action_in(response.text, cfg.action_tag).strip()
-    t.invalid += bool(info.get("invalid", no_action))
+    response.invalid = bool(info.get("invalid", no_action))
+    t.invalid += response.invalid
     t.success = bool(info.get("success", terminated and not truncated and reward > 0))
     no_turn = len(t.responses) >= cfg.max_turns
     no_room = len(t.ids) + len(ids) + cfg.max_response_tokens > cfg.max_length
@@ -822,7 +861,7 @@ def make_environments(cfg, count=None):
 
 def overlong_penalty(t, cfg):
     """DAPO's soft penalty, 0 to 1: linear over the last share of the longest response."""
-    share = ESTIMATORS[cfg.estimator].overlong
+    share = cfg.rule.overlong
     longest = max((len(r.logp) for r in t.responses), default=0) / cfg.max_response_tokens
     return (longest - 1 + share) / share if longest > 1 - share else 0.0
 
@@ -832,7 +871,7 @@ def sample_batch(policy, environments, cfg, step):
     Returns: (trajectories to train on, all that were sampled). Raises UsageError if
     `max_resample` further draws are not enough.
     """
-    rule = ESTIMATORS[cfg.estimator]
+    rule = cfg.rule
     draws = cfg.max_resample if rule.dynamic_sampling and step > 0 else 0
     tasks = random.Random(f"{cfg.seed}/tasks/{step}")
     kept, sampled = [], []
@@ -864,18 +903,34 @@ def assign_credit(trajectories, cfg):
     A crashed trajectory is missing from its group; one that compact filtering masks counts in the
     baseline. Neither is trained on: it is `masked`, and A = 0.
     """
-    rule = ESTIMATORS[cfg.estimator]
+    rule = cfg.rule
     group = [-1 - i if t.error else t.group for i, t in enumerate(trajectories)]  # a crash: alone
-    rewards = torch.tensor([t.reward - t.penalty for t in trajectories], dtype=torch.float64)
-    advantages = group_advantages(rewards, torch.tensor(group), rule.advantage)  # (N,)
     for t in trajectories:
         t.masked = bool(t.error or (rule.compact_filtering and t.truncated))
     turns = torch.tensor([len(t.responses) for t in trajectories])
     trained = torch.tensor([not t.masked for t in trajectories]).repeat_interleave(turns)
-    advantages = advantages.repeat_interleave(turns)  # (N,) -> (R,)
+    if rule.statistics == "turns":
+        rewards = torch.tensor(turn_rewards(trajectories), dtype=torch.float64)  # (R,)
+        of_turn = torch.tensor(group).repeat_interleave(turns)  # (N,) -> (R,)
+        advantages = group_advantages(rewards, of_turn, rule.advantage)
+    else:
+        rewards = torch.tensor([t.reward - t.penalty for t in trajectories], dtype=torch.float64)
+        advantages = group_advantages(rewards, torch.tensor(group), rule.advantage)  # (N,)
+        advantages = advantages.repeat_interleave(turns)  # (N,) -> (R,)
     if rule.step_weight:
         advantages += rule.step_weight * step_advantages(trajectories, group, rule)
     return advantages * trained
+
+
+def turn_rewards(trajectories):
+    """Reward of every response where a group's statistics run over turns: a list of R.
+    Its episode's, without penalties for invalid actions, but for its own. Source: verl-agent.
+    """
+    rewards = []
+    for t in trajectories:
+        episode = sum(r.reward for r in t.responses if not r.invalid) - t.penalty
+        rewards += [episode + r.reward if r.invalid else episode for r in t.responses]
+    return rewards
 
 
 def step_advantages(trajectories, group, rule):
@@ -925,10 +980,10 @@ def micro_batches(trajectories, budget):
         del rest[-size:]
 
 
-def sampled_logps(policy, trajectories):
-    """Log-probs (n,) of all sampled tokens under the current weights, in order, differentiable.
-    The head runs at sampled positions only, in chunks that backward computes again, so that
-    (tokens x vocabulary) never exists.
+def sampled_stats(policy, trajectories, entropies=False):
+    """Log-probs (n,) of all sampled tokens under the current weights, in order, and their entropies
+    (n,), if these are wanted, else 0; both differentiable. The head runs at sampled positions only,
+    in chunks that backward computes again, so that (tokens x vocabulary) never exists.
     """
     rows = [torch.tensor(t.ids) for t in trajectories]
     ids = pad_sequence(rows, batch_first=True).to(policy.device)  # (B, T), padded on the right
@@ -941,12 +996,17 @@ def sampled_logps(policy, trajectories):
     hidden = policy.hidden(ids, use_cache=False).flatten(0, 1)  # (B T, D)
     hidden = hidden.index_select(0, spots - 1)  # (n, D), what each token was drawn from
 
-    def logps(hidden, tokens):
-        return -cross_entropy(policy.logits(hidden), tokens, reduction="none")
+    def stats(hidden, tokens):
+        logits = policy.logits(hidden)
+        if entropies:
+            return token_stats(logits, tokens)
+        logp = -cross_entropy(logits, tokens, reduction="none")
+        return logp, torch.zeros_like(logp)
 
     size = max(1, LOGITS_AT_ONCE // policy.head.out_features)
     chunks = zip(hidden.split(size), ids.flatten()[spots].split(size))
-    return torch.cat([recomputed(logps, h, y) for h, y in chunks])
+    logps, entropy = zip(*[recomputed(stats, h, y) for h, y in chunks])
+    return torch.cat(logps), torch.cat(entropy)
 
 
 @torch.no_grad()
@@ -955,7 +1015,7 @@ def record_logps(policy, trajectories, cfg, name):
     rank, world = rank_and_world()
     batches = [t for t in trajectories if t.responses]
     batches = list(micro_batches(batches, cfg.micro_batch_tokens))
-    parts = gather([sampled_logps(policy, batch).tolist() for batch in batches[rank::world]])
+    parts = gather([sampled_stats(policy, batch)[0].tolist() for batch in batches[rank::world]])
     for i, batch in enumerate(batches):
         logps = iter(parts[i % world][i // world])
         for r in responses_of(batch):
@@ -966,30 +1026,58 @@ def policy_loss(policy, batch, cfg):
     """The loss of a micro-batch: a sum over its sampled tokens, of its trajectories' weights.
     Returns: (loss, sums over the tokens for the metrics).
     """
-    rule = ESTIMATORS[cfg.estimator]
+    rule = cfg.rule
     table = []  # a line per sampled token
-    for t in batch:
-        for r in t.responses:
-            for old_and_reference in zip(r.logp, r.reference or r.logp):
-                table.append((t.weight, r.advantage, *old_and_reference))
+    for r in responses_of(batch):
+        for old_and_reference in zip(r.logp, r.reference or r.logp):
+            table.append((r.weight, r.advantage, *old_and_reference))
     precision = torch.promote_types(policy.model.dtype, torch.float32)
     table = torch.tensor(table, dtype=precision, device=policy.device)  # (n, 4)
     weight, advantage, old_logp, reference = table.T  # (n,) each
-    logp = sampled_logps(policy, batch)  # (n,)
+    logp, entropy = sampled_stats(policy, batch, entropies=rule.entropy_bonus > 0)  # (n,) each
     gap = logp.detach() - old_logp
     centre = old_logp  # the ratio is exp(logp - centre)
-    if rule.sequence_ratio:
-        # GSPO: its value is the trajectory's, s = exp(mean_l (logp - old_logp)), its gradient each
+    if rule.ratio != "token":
+        # GSPO: its value is the sequence's, s = exp(mean_l (logp - old_logp)), its gradient each
         # token's own: centre = sg[logp] - log s
-        lengths = [sum(len(r.logp) for r in t.responses) for t in batch]
+        sequences = [t.responses for t in batch]
+        if rule.ratio == "response":
+            sequences = [[r] for r in responses_of(batch)]
+        lengths = [sum(len(r.logp) for r in sequence) for sequence in sequences]
         log_s = [gaps.mean().expand_as(gaps) for gaps in gap.split(lengths)]
         centre = logp.detach() - torch.cat(log_s)
-    loss, clipped = clipped_loss(logp, centre, advantage, rule.clip_low, rule.clip_high)  # (n,)
-    d = reference - logp if cfg.kl_coef else torch.zeros_like(logp)
+    limits = (rule.clip_low, rule.clip_high, rule.dual_clip)
+    loss, clipped = clipped_loss(logp, centre, advantage, *limits)  # (n,)
+    d = reference - logp if rule.kl else torch.zeros_like(logp)
     kl = torch.exp(d) - d - 1  # k3 (Schulman, 2020): estimates KL(pi || pi_ref), never negative
-    loss = (weight * (loss + cfg.kl_coef * kl)).sum()
+    loss = (weight * (loss + rule.kl * kl - rule.entropy_bonus * entropy)).sum()
     sums = {"loss": loss, "clip_fraction": clipped.sum(), "kl": kl.sum(), "gap": gap.abs().sum()}
     return loss, {name: value.item() for name, value in sums.items()} | {"tokens": len(logp)}
+
+
+def weigh(trajectories, cfg):
+    """Set the `weight` in the loss of the responses of one optimizer step."""
+    loss_mean = cfg.rule.loss_mean
+    sequences = []  # lists of responses; of those that are masked, nothing is trained on
+    for t in trajectories:
+        responses = [] if t.masked else t.responses
+        sequences += [[r] for r in responses] if loss_mean == "response" else [responses]
+    tokens = [sum(len(r.logp) for r in sequence) for sequence in sequences]
+    longest = min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
+    weights = token_weights(torch.tensor(tokens).double(), loss_mean, longest)
+    for sequence, weight in zip(sequences, weights.tolist()):
+        for r in sequence:
+            r.weight = weight
+
+
+def split_minibatches(trajectories, rule, shuffler):
+    """One pass: the trajectories of each optimizer step, a list of `rule.minibatches` lists."""
+    count = rule.minibatches
+    if rule.task_order:
+        size = math.ceil(len(trajectories) / count)
+        return [trajectories[i * size : (i + 1) * size] for i in range(count)]
+    order = shuffler.sample(trajectories, len(trajectories))
+    return [order[i::count] for i in range(count)]
 
 
 def accumulate_gradients(policy, trajectories, cfg):
@@ -997,17 +1085,13 @@ def accumulate_gradients(policy, trajectories, cfg):
     Each process takes every n-th micro-batch; then gradients and sums are added up.
     Returns: Counter of sums over tokens; empty if there is nothing to learn.
     """
+    rule = cfg.rule
     learners = [t for t in trajectories if any(r.advantage for r in t.responses)]
+    if rule.kl or rule.entropy_bonus:  # these move the others, too
+        learners = [t for t in trajectories if t.responses and not t.masked]
     if not learners:
         return Counter()
-    tokens = [0 if t.masked else sum(len(r.logp) for r in t.responses) for t in trajectories]
-    longest = min(cfg.max_turns * cfg.max_response_tokens, cfg.max_length)
-    loss_mean = ESTIMATORS[cfg.estimator].loss_mean
-    weights = token_weights(torch.tensor(tokens).double(), loss_mean, longest)
-    for t, weight in zip(trajectories, weights.tolist()):
-        t.weight = weight
-    if cfg.kl_coef:  # the others have no gradient, but for the KL term's
-        learners = [t for t, n in zip(trajectories, tokens) if n > 0]
+    weigh(trajectories, cfg)
     rank, world = rank_and_world()
     sums = Counter()
     for batch in list(micro_batches(learners, cfg.micro_batch_tokens))[rank::world]:
@@ -1025,35 +1109,42 @@ def accumulate_gradients(policy, trajectories, cfg):
 
 
 def update(policy, optimizer, trajectories, cfg, step):
-    """PPO-clip on one rollout batch: `epochs` passes of `minibatches` optimizer steps.
+    """PPO-clip on one rollout batch: `epochs` passes of `rule.minibatches` optimizer steps.
     A step that is not finite is skipped; where no reward varies, there is none. Returns: metrics,
-    means over optimizer steps, of trajectories with an advantage; `logp_gap` is taken before the
-    first of them, where it is rounding alone.
+    means over optimizer steps, of trajectories that were trained on; `logp_gap` is taken before the
+    first of them, where it is rounding alone; `last_...` from the last, the furthest off-policy.
     """
+    rule = cfg.rule
+    if not any(r.advantage for r in responses_of(trajectories)):
+        return {"updates": 0, "skipped_updates": 0}
     if cfg.recompute_old_logps:
         record_logps(policy, trajectories, cfg, "logp")
-    if cfg.kl_coef:
+    if rule.kl:
         record_logps(policy.reference, trajectories, cfg, "reference")
     shuffler = random.Random(f"{cfg.seed}/minibatches/{step}")
-    rows, gaps = [], []
+    minibatches = []
     for _ in range(cfg.epochs):
-        order = shuffler.sample(trajectories, len(trajectories))
-        for i in range(cfg.minibatches):
-            sums = accumulate_gradients(policy, order[i :: cfg.minibatches], cfg)
-            if not sums:
-                continue
-            gaps.append(sums["gap"] / sums["tokens"])
-            norm = torch.nn.utils.clip_grad_norm_(policy.weights, cfg.max_grad_norm).item()
-            if math.isfinite(norm) and math.isfinite(sums["loss"]):
-                optimizer.step()
-                shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl")}
-                rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
-            optimizer.zero_grad()
+        minibatches += split_minibatches(trajectories, rule, shuffler)
+    rows, gaps = [], []
+    for minibatch in minibatches:
+        sums = accumulate_gradients(policy, minibatch, cfg)
+        if not sums:
+            continue
+        gaps.append(sums["gap"] / sums["tokens"])  # mean |log ratio|
+        norm = torch.nn.utils.clip_grad_norm_(policy.weights, cfg.max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(sums["loss"]):
+            optimizer.step()
+            shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl")}
+            rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
+        optimizer.zero_grad()
     metrics = {"updates": len(rows), "skipped_updates": len(gaps) - len(rows)}
     if gaps and math.isfinite(gaps[0]):
         metrics["logp_gap"] = gaps[0]
     if rows:
         metrics |= {name: fmean(row[name] for row in rows) for name in rows[0]}
+        metrics["last_clip_fraction"] = rows[-1]["clip_fraction"]
+    if gaps and math.isfinite(gaps[-1]):
+        metrics["last_log_ratio"] = gaps[-1]
     return metrics
 
 
@@ -1071,7 +1162,7 @@ def train_step(policy, optimizer, environments, cfg, step):
     for r, A, alpha in zip(responses_of(trajectories), *columns):
         r.alpha = alpha
         r.advantage = alpha * A  # A_AEM
-    metrics = {"step": step} | batch_metrics(trajectories, sampled)
+    metrics = {"step": step} | batch_metrics(trajectories, sampled, cfg)
     if step > 0:
         metrics |= update(policy, optimizer, trajectories, cfg, step)
     metrics["rollout_seconds"] = rolled_out - start
@@ -1079,10 +1170,21 @@ def train_step(policy, optimizer, environments, cfg, step):
     return trajectories, metrics
 
 
-def batch_metrics(trajectories, sampled):
+def gated_share(trajectories, min_range):
+    """Share of groups whose H_bar span less than `min_range` nats: there, AEM changes nothing."""
+    h_bars = {}
+    for t in trajectories:
+        if not t.masked:
+            h_bars.setdefault(t.group, []).extend(r.h_bar for r in t.responses)
+    spans = [max(h_bar) - min(h_bar) for h_bar in h_bars.values() if h_bar]
+    return fmean(span < min_range for span in spans) if spans else None
+
+
+def batch_metrics(trajectories, sampled, cfg):
     """Means over all `sampled` trajectories; alphas, signs and masks of those to train on."""
     responses, trained = responses_of(sampled), responses_of(trajectories)
-    return {
+    mass = sum(abs(r.advantage) for r in trained)
+    metrics = {
         "success": fmean(t.success for t in sampled),
         "reward": fmean(t.reward for t in sampled),
         "response_entropy": fmean(sum(r.entropy) for r in responses),  # estimates H_resp
@@ -1090,6 +1192,8 @@ def batch_metrics(trajectories, sampled):
         "alpha_min": min(r.alpha for r in trained),
         "alpha_max": max(r.alpha for r in trained),
         "negative": fmean(r.advantage < 0 for r in trained),  # share that is pushed down
+        "negative_mass": sum(max(-r.advantage, 0) for r in trained) / mass if mass else None,
+        "gated_groups": gated_share(trajectories, cfg.min_range),
         "turns": fmean(len(t.responses) for t in sampled),
         "response_tokens": fmean(len(r.logp) for r in responses),
         "invalid_actions": fmean(t.invalid for t in sampled),
@@ -1100,6 +1204,7 @@ def batch_metrics(trajectories, sampled):
         "groups": len({t.group for t in sampled}),
         "dropped_groups": len({t.group for t in sampled} - {t.group for t in trajectories}),
     }
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def evaluate(policy, environments, cfg):
@@ -1359,7 +1464,7 @@ def set_up(cfg):
         if source == "tiny":
             source = gather(warm_start(environments[0], cfg) if first else None)[0]
         policy = load_policy(cfg, source)
-        if cfg.kl_coef:
+        if cfg.rule.kl:
             policy.reference = load_policy(cfg, source)
     except (ValueError, OSError, envs.SandboxError) as error:
         if first and not any(run.iterdir()):

@@ -29,6 +29,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy
 import pytest
@@ -301,9 +302,14 @@ def test_token_stats_edges():
     assert aem.token_stats(half, torch.zeros(6).long())[1].dtype == torch.float32
     x = torch.randn(5, 8, requires_grad=True)
     logp, entropy = aem.token_stats(x, torch.arange(5))
-    logp.sum().backward()
+    logp.sum().backward(retain_graph=True)
     assert torch.allclose(x.grad, torch.eye(5, 8) - x.softmax(-1).detach(), atol=1e-6)
-    assert not entropy.requires_grad
+    gradient = torch.autograd.grad(entropy.sum(), x)[0]
+    p = x.detach().softmax(-1)
+    assert torch.allclose(gradient, -p * (p.log() + entropy.detach()[:, None]), atol=1e-6)
+    logits.requires_grad_()
+    impossible = torch.autograd.grad(aem.token_stats(logits, torch.ones(3).long())[1].sum(), logits)
+    assert impossible[0].isfinite().all()
     far = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 1e5  # far from zero
     p = torch.softmax(far.double(), -1)
     entropy = aem.token_stats(far, p.argmax(-1))[1]
@@ -467,24 +473,27 @@ def test_clipped_loss_by_hand():
 
 
 SPECIFIED = {  # advantage, mean of the loss, clip low, clip high, one ratio per sequence
-    "grpo": ("standardised", "trajectory", 0.2, 0.2, False),
-    "dr_grpo": ("centred", "constant", 0.2, 0.2, False),
-    "rloo": ("leave-one-out", "token", 0.2, 0.2, False),
-    "dapo": ("standardised", "token", 0.2, 0.28, False),
-    "gspo": ("standardised", "trajectory", 3e-4, 4e-4, True),
-    "grpo++": ("leave-one-out", "constant", 0.2, 0.28, False),
-    "gigpo": ("standardised", "token", 0.2, 0.2, False),
+    "grpo": ("standardised", "trajectory", 0.2, 0.2, "token"),
+    "dr_grpo": ("centred", "constant", 0.2, 0.2, "token"),
+    "rloo": ("leave-one-out", "token", 0.2, 0.2, "token"),
+    "dapo": ("standardised", "token", 0.2, 0.28, "token"),
+    "gspo": ("standardised", "trajectory", 3e-4, 4e-4, "trajectory"),
+    "grpo++": ("leave-one-out", "constant", 0.2, 0.28, "token"),
+    "gigpo": ("standardised", "token", 0.2, 0.2, "token"),
 }
 
 
 def test_the_table_of_estimators_is_as_specified():
-    columns = ("advantage", "loss_mean", "clip_low", "clip_high", "sequence_ratio")
+    columns = ("advantage", "loss_mean", "clip_low", "clip_high", "ratio")
     rows = aem.ESTIMATORS.items()
     assert {name: tuple(getattr(row, c) for c in columns) for name, row in rows} == SPECIFIED
     owners = {"dynamic_sampling": "dapo", "overlong": "dapo", "compact_filtering": "grpo++"}
     for feature, owner in (owners | {"step_weight": "gigpo"}).items():
         assert [name for name, row in rows if getattr(row, feature)] == [owner]
-    assert aem.ESTIMATORS["dapo"].overlong == 0.2 and config().kl_coef == 0
+    assert aem.ESTIMATORS["dapo"].overlong == 0.2
+    for row in aem.ESTIMATORS.values():  # what only recipes have
+        assert (row.kl, row.entropy_bonus, row.dual_clip) == (0, 0, math.inf)
+        assert (row.statistics, row.task_order) == ("trajectories", False)
     assert (aem.ESTIMATORS["gigpo"].step_weight, aem.ESTIMATORS["gigpo"].gamma) == (1.0, 0.95)
 
 
@@ -850,7 +859,7 @@ def test_no_dropout_parts_rollout_and_update(family, tiny):
         layer.mlp = Noisy(layer.mlp)
     policy = aem.Policy(policy.model.train(), tiny.tokenizer)
     trajectories = play(policy, Echo, [1, 2], 4, config(), "dropout")
-    now = aem.sampled_logps(policy, trajectories).tolist()
+    now = aem.sampled_stats(policy, trajectories)[0].tolist()
     assert now == pytest.approx(old_logps(trajectories), abs=1e-4)
     for r in aem.responses_of(trajectories):
         r.advantage = 1.0
@@ -919,8 +928,8 @@ def test_bfloat16_computes_from_fp32_weights_and_stays_close(tiny, played, estim
         assert found[dtype].dtype == torch.float32
         rolled = play(policy, Echo, range(4), 4, config(), "bf16")
         old = torch.tensor(old_logps(rolled))
-        gap = (aem.sampled_logps(policy, rolled) - old).abs().mean()  # the same rounded weights
-        rounding = (aem.sampled_logps(tiny, rolled) - old).abs().mean()
+        gap = (aem.sampled_stats(policy, rolled)[0] - old).abs().mean()  # the same rounded weights
+        rounding = (aem.sampled_stats(tiny, rolled)[0] - old).abs().mean()
         assert gap < 1e-5 if dtype == "float32" else gap < 0.3 * rounding < 0.01
     difference = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
     assert 1e-4 < difference < 0.1
@@ -1017,7 +1026,7 @@ def test_cached_rollout_and_padded_update_equal_a_full_forward(family, tiny):
     trajectories += uneven
     assert len({len(t.ids) for t in trajectories}) > 6  # ragged
     check_against_full_forwards(policy, trajectories)
-    now = aem.sampled_logps(policy, trajectories).tolist()
+    now = aem.sampled_stats(policy, trajectories)[0].tolist()
     assert now == pytest.approx(old_logps(trajectories), abs=1e-4)
 
 
@@ -1451,7 +1460,7 @@ def test_logps_in_chunks_equal_dense_ones_in_value_and_gradient(tiny, played, mo
     policy = clone(tiny, double=True, temperature=0.7)
     heights = []
     hook = policy.head.register_forward_pre_hook(lambda _, args: heights.append(len(args[0])))
-    fast = aem.sampled_logps(policy, played)
+    fast = aem.sampled_stats(policy, played)[0]
     hook.remove()
     assert sum(heights) == len(fast)  # sampled positions only
     assert max(heights) <= max(1, at_once // len(tiny.tokenizer))
@@ -1587,7 +1596,8 @@ def slow_modulated(name, trajectories, with_aem):
 
 def slow_estimator_loss(name, policy, trajectories, with_aem, cfg):
     """(loss, tokens clipped above, below, not at all): a forward per trajectory, token by token."""
-    _, mean, low, high, by_sequence = SPECIFIED[name]
+    _, mean, low, high, ratio_of = SPECIFIED[name]
+    by_sequence = ratio_of == "trajectory"
     advantages = slow_modulated(name, trajectories, with_aem)
     losses, seen = [], Counter(above=0, below=0, inside=0)
     for t in trajectories:
@@ -1643,6 +1653,164 @@ def test_every_estimator_equals_a_slow_one(name, with_aem, tiny, mixed):
         assert (fast - slow).abs().max() <= 1e-6 * max(1, slow.abs().max()) and slow.norm() > 0.01
         assert all(n > 0 for n in seen.values()) == (noise > 0)
     assert fast.dtype == torch.float64
+
+
+# verl-agent's recipe
+@pytest.mark.parametrize(
+    "wins, failures, invalid, expected",  # turns of episodes that win; that fail; invalid ones
+    [
+        ([10], [50] * 7, 0, (5.91, -0.169)),
+        ([20] * 4, [50] * 4, 0, (1.58, -0.631)),
+        ([], [50] * 8, 20, (0.229, -4.35)),  # a turn that was valid; one that was not
+    ],
+)
+def test_statistics_over_turns_by_hand(wins, failures, invalid, expected):
+    trajectories = [invented([1] * turns) for turns in wins + failures]
+    for t in trajectories[: len(wins)]:
+        t.responses[-1].reward = 10.0
+    for r in trajectories[-1].responses[:invalid]:
+        r.invalid = True
+        r.reward = -0.1
+    for t in trajectories:
+        t.reward = sum(r.reward for r in t.responses)
+    cfg = config(recipe="verl_agent")
+    found = aem.assign_credit(trajectories, cfg).tolist()
+    best, worst = max(found), min(found)
+    assert (float(f"{best:.3g}"), float(f"{worst:.3g}")) == expected
+    assert sum(found) == pytest.approx(0, abs=1e-9)  # over turns: no trajectory counts more
+    assert len(set(found)) == 2
+
+
+def slow_recipe_advantages(trajectories, with_aem):
+    """{(trajectory, response): advantage}: mean and std over a group's turns, by loops."""
+    rows = []  # (trajectory, number of the response, response, what it earned)
+    for t in trajectories:
+        if t.error:
+            continue
+        earned = -t.penalty
+        for r in t.responses:
+            earned += 0 if r.invalid else r.reward
+        for i, r in enumerate(t.responses):
+            rows.append((t, i, r, earned + (r.reward if r.invalid else 0)))
+    alphas = [1.0] * len(rows)
+    if with_aem:
+        h_bar = [sum(r.entropy) / len(r.entropy) for _, _, r, _ in rows]
+        alphas = slow_alpha(h_bar, [t.group for t, _, _, _ in rows])
+    result = {}
+    for (t, i, _, earned), alpha in zip(rows, alphas):
+        group = [x for u, _, _, x in rows if u.group == t.group]
+        result[id(t), i] = alpha * (earned - fmean(group)) / (stdev(group) + 1e-6)
+    return result
+
+
+def slow_recipe_loss(name, policy, reference, trajectories, with_aem):
+    """(loss, how often each bound acted): token by token, a forward per trajectory."""
+    low, high = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[name]
+    advantages = slow_recipe_advantages(trajectories, with_aem)
+    losses, seen = [], Counter(above=0, below=0, dual=0)  # losses: a list per response
+    for t in trajectories:
+        if t.error:
+            continue
+        logits = policy.model(torch.tensor([t.ids])).logits[0]
+        anchor = reference.model(torch.tensor([t.ids])).logits[0].detach()
+        for i, r in enumerate(t.responses):
+            a = advantages[id(t), i]
+            before = range(r.start - 1, r.start - 1 + len(r.logp))
+            logps = [logits[k].log_softmax(-1)[t.ids[k + 1]] for k in before]
+            mean_gap = sum(x - old for x, old in zip(logps, r.logp)) / len(r.logp)
+            losses.append([])
+            for k, logp, old in zip(before, logps, r.logp):
+                ratio = torch.exp(logp - old)
+                if name == "gspo":
+                    ratio = torch.exp(mean_gap).detach() * torch.exp(logp - logp.detach())
+                inside = min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high))
+                loss = -min(ratio * a, inside * a)
+                seen["above"] += bool(a > 0 and ratio > 1 + high)
+                seen["below"] += bool(a < 0 and ratio < 1 - low)
+                if a < 0 and name != "gspo" and loss > -3 * a:
+                    loss = torch.tensor(-3.0 * a, dtype=torch.float64)
+                    seen["dual"] += 1
+                d = anchor[k].log_softmax(-1)[t.ids[k + 1]] - logp
+                p = logits[k].softmax(-1)
+                entropy = -sum(p * p.log())
+                losses[-1].append(loss + 0.01 * (torch.exp(d) - d - 1) - 0.001 * entropy)
+    if name == "gspo":  # a mean over responses
+        return sum(sum(x) / len(x) for x in losses) / len(losses), seen
+    return sum(sum(x) for x in losses) / sum(len(x) for x in losses), seen
+
+
+@pytest.mark.parametrize("with_aem", [False, True])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+def test_verl_agents_recipe_equals_a_slow_one(name, with_aem, tiny, mixed, monkeypatch):
+    monkeypatch.setattr(aem, "LOGITS_AT_ONCE", 6000)  # several chunks of the head
+    for r in aem.responses_of(mixed):
+        r.invalid = r.reward in (-0.1, 9.9)
+    cfg = config(estimator=name, aem=with_aem, recipe="verl_agent")
+    reference = clone(tiny, double=True)
+    aem.record_logps(reference, mixed, cfg, "logp")
+    aem.record_logps(reference, mixed, cfg, "reference")
+    credit(mixed, cfg)
+    for r in mixed[0].responses:  # far off-policy: for the dual clip
+        r.logp = [x - 2 for x in r.logp]
+    policy = clone(reference, noise=1e-4 if name == "gspo" else 0.02)
+    sums, fast = gradients(policy, mixed, cfg)
+    loss, seen = slow_recipe_loss(name, policy, reference, mixed, with_aem)
+    loss.backward()
+    slow = gradient_of(policy)
+    assert sums["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert (fast - slow).abs().max() <= 1e-6 * max(1, slow.abs().max()) and slow.norm() > 0.01
+    assert seen["above"] > 0 and seen["below"] > 0 and (seen["dual"] > 0) == (name != "gspo")
+
+
+def test_minibatches_in_task_order_are_neighbours():
+    trajectories = [invented([1], group=i // 8) for i in range(128)]
+    rule = config(recipe="verl_agent").rule
+    parts = aem.split_minibatches(trajectories, rule, random.Random(0))
+    assert [[t.group for t in part] for part in parts] == [[i] * 8 for i in range(16)]
+    rule = config(recipe="verl_agent", minibatches=3).rule
+    parts = aem.split_minibatches(trajectories, rule, random.Random(0))
+    assert [t for part in parts for t in part] == trajectories and len(parts) == 3
+    for rule in (config(minibatches=3).rule, config(minibatches=200).rule):
+        parts = aem.split_minibatches(trajectories, rule, random.Random(0))
+        assert sorted(id(t) for part in parts for t in part) == sorted(map(id, trajectories))
+        assert parts[0] != trajectories[: len(parts[0])]
+
+
+def test_flags_go_before_the_recipe():
+    assert config(recipe="verl_agent").rule.kl == 0.01 and config().rule.kl == 0
+    assert config(recipe="verl_agent", kl_coef=0.0).rule.kl == 0
+    assert config(recipe="verl_agent", minibatches=4).rule.minibatches == 4
+    dapo = config(recipe="verl_agent", estimator="dapo").rule
+    assert (dapo.clip_high, dapo.dynamic_sampling, dapo.overlong) == (0.28, True, 0)
+
+
+def test_metrics_show_the_regime(tiny, played):
+    cfg = config(recipe="verl_agent", epochs=2, minibatches=1)
+    policy = clone(tiny)
+    policy.reference = tiny
+    optimizer = torch.optim.SGD(policy.weights, lr=0.1)
+    credit(played, cfg)
+    metrics = aem.update(policy, optimizer, played, cfg, 1)
+    assert metrics["updates"] == 2
+    assert metrics["logp_gap"] < 1e-5 < 0.01 < metrics["last_log_ratio"]
+    assert metrics["last_clip_fraction"] == pytest.approx(
+        2 * metrics["clip_fraction"]
+    )  # 0 at first
+    assert metrics["clip_fraction"] > 0
+    sums = aem.batch_metrics(played, played, cfg)
+    values = [r.advantage for r in aem.responses_of(played)]
+    lost = sum(-x for x in values if x < 0)
+    assert sums["negative_mass"] == pytest.approx(lost / sum(map(abs, values)))
+    assert 0 < sums["negative_mass"] < 1 and sums["gated_groups"] == 0
+    for r in aem.responses_of([t for t in played if t.group == 0]):
+        r.entropy = [0.5] * len(r.entropy)
+        r.advantage = 0.0
+    groups = len({t.group for t in played})
+    assert aem.batch_metrics(played, played, cfg)["gated_groups"] == pytest.approx(1 / groups)
+    for r in aem.responses_of(played):
+        r.advantage = 0.0
+    assert "negative_mass" not in aem.batch_metrics(played, played, cfg)  # not 0: there is none
+    assert aem.update(policy, optimizer, played, cfg, 1) == {"updates": 0, "skipped_updates": 0}
 
 
 def test_kl_is_k3_to_the_reference(tiny, played):
