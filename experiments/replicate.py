@@ -37,7 +37,8 @@ import diagnose
 import aem
 
 RESULTS = Path(__file__).parent / "results"
-DEFAULTS = vars(aem.Config()) | {"mask_drift": "off"}
+OURS = {"mask_drift": "off", "empg": False}  # flags of the studies, not of aem.py
+DEFAULTS = vars(aem.Config()) | OURS
 SEEDS = range(1, 9)
 TUNING = (101, 102)
 MAPPED = (101, 102, 103)
@@ -87,6 +88,7 @@ CELLS = {
 }
 KEPT = ("success", "reward", "response_entropy", "negative", "turns")
 KEPT += ("alpha_min", "alpha_max", "grad_norm", "clip_fraction")
+KEPT += ("updates", "last_clip_fraction", "last_log_ratio", "negative_mass", "gated_groups")
 
 
 # ------------------------------------------------------------------------------ runs
@@ -96,9 +98,9 @@ def key(flags, seed):
     return json.dumps([changed, seed])
 
 
-def finished():
+def finished(folder=None):
     """All results by key. `end` is held-out success in %, `area` the mean success of all steps."""
-    file = RESULTS / "runs.jsonl"
+    file = (folder or RESULTS) / "runs.jsonl"
     known = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         result = json.loads(line)
@@ -119,6 +121,24 @@ def modulate_and_mask(modulate, mask_drift, trajectories, cfg, step):
     return torch.where(chosen, alpha, 0.0)
 
 
+def empg_credit(assign_credit, trajectories, cfg):
+    """EMPG's advantages (R,) instead of A, nearest kin of AEM's. Source: arXiv:2509.09265.
+
+    A exp(-H~) / mean exp(-H~), plus 0.05 exp(-H~ of the next turn), less the mean of that; H~ and
+    means over the whole batch.
+    """
+    advantage = assign_credit(trajectories, cfg)
+    trained = torch.tensor([not t.masked for t in trajectories for _ in t.responses])
+    h_bar = [r.h_bar for r in aem.responses_of(trajectories)]
+    h_bar = torch.tensor(h_bar, dtype=advantage.dtype)
+    low, high = h_bar[trained].min(), h_bar[trained].max()
+    confidence = torch.exp(-(h_bar - low) / (high - low))
+    last = [i == len(t.responses) - 1 for t in trajectories for i in range(len(t.responses))]
+    clarity = torch.where(torch.tensor(last), 0.0, 0.05 * confidence.roll(-1))
+    scaled = advantage * confidence / confidence[trained].mean() + clarity
+    return torch.where(trained, scaled - scaled[trained].mean(), 0.0)
+
+
 def train(flags, **more):
     """Train once. A run ends early if dynamic sampling finds no group that varies any more.
 
@@ -126,10 +146,13 @@ def train(flags, **more):
     """
     settings = flags | more
     modulate = aem.modulate
+    assign_credit = aem.assign_credit
     mask_drift = settings.pop("mask_drift", "off")
     if mask_drift != "off":
         modulate = partial(modulate_and_mask, modulate, mask_drift)
-    with mock.patch.object(aem, "modulate", modulate):
+    if settings.pop("empg", False):
+        assign_credit = partial(empg_credit, assign_credit)
+    with mock.patch.multiple(aem, modulate=modulate, assign_credit=assign_credit):
         try:
             return aem.train(aem.Config(**settings, name="run")), ""
         except aem.UsageError as error:
@@ -169,18 +192,20 @@ def run(flags, seed):
     }
 
 
-def run_all(wanted, workers, bar):
+def run_all(wanted, workers, bar, folder=None):
     """Run what has no result yet, `workers` at a time; each result is written down at once."""
-    known = finished()
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
+    known = finished(folder)
     missing = {key(*pair): pair for pair in wanted if key(*pair) not in known}
     for flags, _ in missing.values():
-        cfg = aem.Config(**{name: v for name, v in flags.items() if name != "mask_drift"})
+        cfg = aem.Config(**{name: v for name, v in flags.items() if name not in OURS})
         cfg.check()
         aem.warm_start(aem.make_environments(cfg, 1)[0], cfg)  # before several processes want it
     bar.update(len(wanted) - len(missing))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, *pair) for pair in missing.values()]):
-            with open(RESULTS / "runs.jsonl", "a") as file:
+            with open(folder / "runs.jsonl", "a") as file:
                 file.write(json.dumps(future.result()) + "\n")
             bar.update()
 
