@@ -246,7 +246,7 @@ class Config:
     """Everything a run depends on. Each field is a flag of the same name."""
 
     model: str = flag("tiny", "policy pi: 'tiny' (embedded), a hub id, a folder, an earlier run")
-    env: str = flag("household", "'household', 'code', gem:NAME for GEM's, or module:Class")
+    env: str = flag("household", f"{', '.join(envs.ENVS)}, gem:NAME for GEM's, or module:Class")
     dataset: str = flag("", "tasks for --env code: openai/openai_humaneval, or a JSONL file")
     # the method
     aem: bool = flag(True, "multiply advantages by AEM's alpha; 'false' is the baseline")
@@ -292,8 +292,9 @@ class Config:
     name: str = flag("", "the run's folder in --out; by default numbered")
     resume: Literal["", "auto"] = flag("", "'auto': go on with the run --name, or the newest alike")
     wandb: str = flag("", "send metrics to this project of Weights & Biases too")
-    warm_steps: int = flag(1000, "imitation steps that warm-start the 'tiny' policy")
-    warm_noise: float = flag(0.35, "share of random actions in its demonstrations")
+    warm_steps: int | None = flag(None, "steps of imitation first; by default 1000 if 'tiny', or 0")
+    warm_noise: float = flag(0.35, "share of random actions in the demonstrations it imitates")
+    warm_lr: float = flag(5e-5, "AdamW's in imitation by a --model; 'tiny' has its own recipe")
     cache_dir: str = flag("~/.cache/aem", "folder where warm starts are kept")
 
     @property
@@ -325,6 +326,8 @@ class Config:
                 raise UsageError(f"--{name} {path}: this user has no home folder, choose another")
             if name != "model" or os.path.isdir(path):
                 setattr(self, name, os.path.abspath(path))
+        if self.warm_steps is None:
+            self.warm_steps = 1000 if self.model == "tiny" else 0
         if self.env_timeout is None:
             self.env_timeout = 0.0 if self.env in envs.ENVS else 60.0
         if self.device == "auto":
@@ -544,19 +547,30 @@ def load_policy(cfg, path):
 
 
 def warm_start(env, cfg):
-    """Folder of the embedded policy for this environment, made on first use. Raises UsageError."""
+    """Folder of the policy that has imitated this environment, made on first use: the embedded one,
+    or the --model. Raises UsageError.
+    """
     if not hasattr(env, "demonstration"):
-        raise UsageError(f"--env {cfg.env} has no demonstrations for 'tiny': name a --model")
+        remedy = "name a --model, without --warm_steps"
+        raise UsageError(f"--env {cfg.env} has no demonstrations to imitate: {remedy}")
     sources = [inspect.getsource(module) for module in (inspect.getmodule(type(env)), envs)]
     settings = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, torch.__version__]
+    if cfg.model != "tiny":
+        settings += [cfg.model, cfg.warm_lr, cfg.lora_rank, cfg.dtype, cfg.groups, cfg.group_size]
+        settings += [cfg.temperature, cfg.max_length, cfg.action_tag, file_sizes(Path(cfg.model))]
     key = hashlib.sha256(json.dumps(settings + sources).encode()).hexdigest()[:16]
     folder = Path(cfg.cache_dir) / key
     sizes = folder / "sizes.json"  # of its files: one that was cut short later on is noticed
     if not sizes.exists() or sizes.read_text() != file_sizes(folder):
         unfinished = folder.with_suffix(f".{os.getpid()}")
         unfinished.mkdir(parents=True, exist_ok=True)  # shows now if it can't be written
-        for part in envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise):
-            part.save_pretrained(unfinished)
+        if cfg.model == "tiny":
+            parts = envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise)
+        else:
+            parts = imitate(load_policy(cfg, cfg.model), env, cfg)
+        for part in parts:
+            with written(unfinished):
+                part.save_pretrained(unfinished)
         (unfinished / "sizes.json").write_text(file_sizes(unfinished))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)  # complete, or not there at all
@@ -1148,6 +1162,46 @@ def update(policy, optimizer, trajectories, cfg, step):
     return metrics
 
 
+def demonstrated(policy, env, seed, cfg):
+    """A demonstration as a trajectory, as if the policy had sampled the expert's actions."""
+    t = Trajectory(0, env, None)
+    for observation, action in env.demonstration(seed, cfg.warm_noise):
+        text = f"<{cfg.action_tag}>{action}</{cfg.action_tag}>" if cfg.action_tag else action
+        ids = [*policy.encode(text), policy.end]
+        if t.ids:
+            t.ids += policy.observation_ids(observation, ended=True)
+        else:
+            begin(policy, t, observation, {}, cfg)
+        if len(t.ids) + len(ids) > cfg.max_length:
+            break
+        t.responses.append(Response(len(t.ids), [0.0] * len(ids)))
+        t.ids += ids
+    return t
+
+
+def imitate(policy, env, cfg):
+    """Behaviour cloning: `warm_steps` batches of demonstrations, as many as a rollout batch holds.
+    Cross-entropy of the agent's tokens, by the update's forwards. Returns: (model, tokenizer).
+    """
+    optimizer = torch.optim.AdamW(policy.weights, lr=cfg.warm_lr, weight_decay=0.0)
+    rng = random.Random("demonstrations")
+    bar = tqdm(range(cfg.warm_steps), desc="imitation", unit="step")
+    for _ in bar:
+        seeds = [rng.randrange(envs.HELD_OUT) for _ in range(cfg.groups * cfg.group_size)]
+        episodes = [demonstrated(policy, env, seed, cfg) for seed in seeds]
+        tokens = sum(len(r.logp) for r in responses_of(episodes))
+        total = 0.0
+        for batch in micro_batches(episodes, cfg.micro_batch_tokens):
+            loss = -sampled_stats(policy, batch)[0].sum() / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(policy.weights, cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+    return policy.model, policy.tokenizer
+
+
 # ------------------------------------------------------------------------------ 6. training
 def train_step(policy, optimizer, environments, cfg, step):
     """One step of the algorithm. Step 0 measures the starting policy and trains nothing.
@@ -1180,6 +1234,14 @@ def gated_share(trajectories, min_range):
     return fmean(span < min_range for span in spans) if spans else None
 
 
+def equal_share(trajectories):
+    """Share of groups in which all rewards are equal: there is nothing to learn from them."""
+    rewards = {}
+    for t in trajectories:
+        rewards.setdefault(t.group, []).append(t.reward - t.penalty)
+    return fmean(not vary(torch.tensor(r).double()) for r in rewards.values())
+
+
 def batch_metrics(trajectories, sampled, cfg):
     """Means over all `sampled` trajectories; alphas, signs and masks of those to train on."""
     responses, trained = responses_of(sampled), responses_of(trajectories)
@@ -1197,11 +1259,13 @@ def batch_metrics(trajectories, sampled, cfg):
         "turns": fmean(len(t.responses) for t in sampled),
         "response_tokens": fmean(len(r.logp) for r in responses),
         "invalid_actions": fmean(t.invalid for t in sampled),
+        "invalid_share": fmean(r.invalid for r in responses),
         "truncated": sum(t.truncated for t in sampled),
         "overlong": sum(t.penalty > 0 for t in sampled),
         "masked": sum(t.masked for t in trajectories),
         "env_errors": sum(t.error != "" for t in sampled),
         "groups": len({t.group for t in sampled}),
+        "equal_groups": equal_share(sampled),
         "dropped_groups": len({t.group for t in sampled} - {t.group for t in trajectories}),
     }
     return {name: value for name, value in metrics.items() if value is not None}
@@ -1227,6 +1291,7 @@ def evaluate(policy, environments, cfg):
         "eval_success": fmean(t.success for t in played),
         "eval_tasks": len(played),
         "eval_errors": sum(t.error != "" for t in played),
+        "eval_invalid": fmean(r.invalid for r in responses_of(played)),
         "eval_by_type": {k: fmean(t.success for t in played if t.task_type == k) for k in kinds},
         "eval_seconds": time.perf_counter() - start,
     }
@@ -1276,6 +1341,23 @@ def plot_curves(run, rows):
     figure.savefig(run / "curves.png", dpi=120)
 
 
+def warn_without_signal(run):
+    """Say so if rewards or actions of the first steps leave nothing to learn from."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [row for row in rows if "invalid_share" in row]
+    equal, invalid, success = [
+        fmean(row[name] for row in rows) for name in ("equal_groups", "invalid_share", "success")
+    ]
+    if success < 0.5 and max(equal, invalid) >= 0.9:
+        tqdm.write(
+            f"warning: so far rewards are equal in {equal:.0%} of the groups, and {invalid:.0%} of "
+            f"the actions are invalid; there is hardly anything to learn from. {run}/trajectories."
+            "txt shows what the policy says. Let it imitate first (--warm_steps, where the "
+            "environment has demonstrations), tell it the admissible actions (--env "
+            "household-guided), name a format (--action_tag), or begin with easier tasks."
+        )
+
+
 def report(run, rows, seconds, held_out):
     """Print success before and after, with the 95 % interval of the last (Wilson, 1927)."""
     rows = [row for row in rows if "eval_success" in row]
@@ -1289,6 +1371,8 @@ def report(run, rows, seconds, held_out):
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     interval = f"{middle - half:.1%} to {middle + half:.1%}"
     print(f"95 % interval of the last: {interval} ({n} tasks)")
+    if "eval_invalid" in rows[-1]:
+        print(f"invalid actions in it: {rows[-1]['eval_invalid']:.1%} of all")
     print(f"{seconds:.0f} s in all; look at trajectories.txt in {run}")
 
 
@@ -1461,7 +1545,7 @@ def set_up(cfg):
             check_same(run, cfg)
         cfg.date = cfg.date or time.strftime("%Y-%m-%d")
         source = cfg.model
-        if source == "tiny":
+        if cfg.model == "tiny" or cfg.warm_steps:
             source = gather(warm_start(environments[0], cfg) if first else None)[0]
         policy = load_policy(cfg, source)
         if cfg.rule.kl:
@@ -1521,6 +1605,8 @@ def train(cfg):
                 record(run, row, trajectories, cfg)
                 if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                     save_checkpoint(run, policy, optimizer, step)
+                if step == min(3, cfg.steps) > 0:
+                    warn_without_signal(run)
             shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
             bar.set_postfix(shown, refresh=False)
             bar.update()

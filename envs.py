@@ -118,6 +118,7 @@ class Household(TextEnv):
     A task is of one of six types, in one of four rooms with four places; 12 actions always suffice.
     """
 
+    kinds = tuple(TASKS)  # a subclass may have fewer
     instructions = (
         "You are a household robot. What a place holds is seen only on going there, and you carry "
         "one object at a time. Actions: go to PLACE; take OBJECT from PLACE; put OBJECT in PLACE; "
@@ -127,7 +128,7 @@ class Household(TextEnv):
 
     def _draw(self):
         rng = self.rng
-        self.kind = rng.choice(list(TASKS))
+        self.kind = rng.choice(self.kinds)
         rooms, words = TASKS[self.kind]
         self.room = rng.choice(rooms.split())
         places, self.names = map(str.split, ROOMS[self.room])
@@ -231,6 +232,35 @@ class Household(TextEnv):
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns
+
+
+class GuidedHousehold(Household):
+    """The household for models that have not learned its rules.
+
+    Every observation ends with the admissible actions, and of a response counts the first line that
+    begins with one of them. (verl-agent's prompt for ALFWorld lists the actions, too.)
+    """
+
+    max_response_tokens = 24
+
+    def _draw(self):
+        observation, kind, task = super()._draw()
+        return self._guided(observation), kind, task
+
+    def _observe(self, response):
+        observation, invalid, solved, ended = super()._observe(self._first_action(response))
+        return self._guided(observation), invalid, solved, ended
+
+    def _guided(self, observation):
+        return f"{observation}\nAdmissible actions: {', '.join(self.admissible())}."
+
+    def _first_action(self, response):
+        for line in response.splitlines():
+            words = [w for w in re.findall("[a-z]+", line.lower()) if w not in ("the", "an", "a")]
+            for action in self.admissible():
+                if words[: len(action.split())] == action.split():
+                    return action
+        return response
 
 
 # ---------------------------------------------------------------- a sandbox for hostile programs
@@ -797,7 +827,7 @@ class Gem:
         return observation, reward, terminated and not truncated, truncated, info
 
 
-ENVS = {"household": Household, "code": Code}
+ENVS = {"household": Household, "household-guided": GuidedHousehold, "code": Code}
 
 
 def make(name, **kwargs):
