@@ -579,7 +579,7 @@ def warm_start(env, cfg):
 
 def file_sizes(folder):
     """Names and bytes of a folder's files, as JSON."""
-    files = sorted(file for file in folder.iterdir() if file.name != "sizes.json")
+    files = sorted(file for file in folder.glob("*") if file.name != "sizes.json")
     return json.dumps({file.name: file.stat().st_size for file in files})
 
 

@@ -991,6 +991,65 @@ def test_a_warm_start_without_its_list_is_made_again(tmp_path):
     assert aem.warm_start(Echo(), cfg) == folder
 
 
+class Obedient(Echo):
+    """Demonstrates what the task asks for, and goes on to another one."""
+
+    def demonstration(self, seed, noise):
+        rng = random.Random(seed)
+        tasks = [rng.choice(self.words) for _ in range(3)]
+        return [(f"Say {word}.", word) for word in tasks]
+
+
+def imitated(tiny, tmp_path, **changes):
+    """(policy, config): as for --model X, where X is the tiny policy as it lies in a folder."""
+    tiny.model.save_pretrained(tmp_path / "X")
+    tiny.tokenizer.save_pretrained(tmp_path / "X")
+    flags = {"model": str(tmp_path / "X"), "env": "test_aem:Obedient", "groups": 2, "group_size": 4}
+    cfg = config(**flags | {"cache_dir": str(tmp_path / "cache"), "warm_steps": 1} | changes)
+    return aem.load_policy(cfg, aem.warm_start(Obedient(), cfg)), cfg
+
+
+@pytest.mark.parametrize("tag", ["", "say"])
+def test_a_step_of_imitation_is_one_of_cross_entropy_on_the_actions(tag, tiny, tmp_path):
+    found, cfg = imitated(tiny, tmp_path, warm_lr=1e-3, action_tag=tag, micro_batch_tokens=100)
+    slow = aem.load_policy(cfg, cfg.model)
+    rng = random.Random("demonstrations")
+    losses = []
+    for _ in range(8):
+        ids, actions = [], []
+        for observation, word in Obedient().demonstration(rng.randrange(2**30), 0):
+            ids += slow.encode(f"<|user|>{observation}<|end|><|assistant|>")
+            answer = slow.encode(f"<say>{word}</say>" if tag else word) + [slow.end]
+            actions += range(len(ids), len(ids) + len(answer))
+            ids += answer
+        logps = slow.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-logps[at - 1, ids[at]] for at in actions]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(slow.weights, 1.0)
+    torch.optim.AdamW(slow.weights, lr=1e-3, weight_decay=0.0).step()
+    for ours, expected in zip(found.weights, slow.weights, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-4)
+    moved = zip(found.weights, aem.load_policy(cfg, cfg.model).weights)
+    assert max((a - b).abs().max().item() for a, b in moved) > 9e-4  # Adam's first step: lr
+
+
+def test_imitation_teaches_a_model_and_is_kept(tiny, tmp_path):
+    def success(policy):
+        played = play(policy, Obedient, range(40), 1, cfg)
+        return fmean(t.success for t in played)
+
+    before = {file.name for file in (tmp_path).glob("cache/*")}
+    policy, cfg = imitated(tiny, tmp_path, warm_steps=40, warm_lr=3e-3)
+    assert success(aem.load_policy(cfg, cfg.model)) < 0.5 < success(policy)
+    kept = aem.warm_start(Obedient(), cfg)
+    times = {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+    imitated(tiny, tmp_path, warm_steps=40, warm_lr=3e-3)
+    assert before == set() and times == {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+    imitated(tiny, tmp_path, warm_steps=1, warm_lr=3e-3)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 # ------------------------------------------------------------------------------ 4. rollout
 class Uneven(Echo):
     """Every third task is long, and over after its first turn: the longest rows leave first."""
@@ -2342,10 +2401,26 @@ def test_a_step_without_update_is_said(runs, capsys, monkeypatch):
         return loss * math.inf, sums
 
     assert run(**flags | short)[1]["updates"] == 0
-    assert "step 1: no update, as no reward varies in any group" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 1: no update, as no reward varies in any group" in said
+    assert "rewards are equal in 100% of the groups" in said and "--warm_steps" in said
     monkeypatch.setattr(aem, "policy_loss", overflowing)
     assert run(**flags | {"groups": 4, "group_size": 4})[1]["updates"] == 0
-    assert "step 1: no update, as no gradient is finite" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 1: no update, as no gradient is finite" in said and "--warm_steps" not in said
+
+
+def test_a_policy_that_does_not_know_the_format_is_told_of(tmp_path, capsys):
+    rows = [{"equal_groups": 0.0, "invalid_share": 0.9, "success": 0.0}, {"eval_success": 0.0}]
+    for share, warned in ((0.9, True), (0.89, False)):
+        rows[0]["invalid_share"] = share
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        aem.warn_without_signal(tmp_path)
+        assert ("90% of the actions are invalid" in capsys.readouterr().out) == warned
+    rows[0] = {"equal_groups": 1.0, "invalid_share": 0.0, "success": 1.0}  # it knows it all
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    aem.warn_without_signal(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_baseline_leaves_advantages_alone(runs):
@@ -2420,6 +2495,30 @@ def test_household_reads_actions_as_a_person_writes_them():
     observation, *_, info = env.step(f"  Go to the {place.upper()}. ")
     assert not info["invalid"] and observation == env.step("look")[0]
     assert f"go to {place}" not in env.admissible() and env.step("go to the moon")[4]["invalid"]
+
+
+def test_the_guided_household_lists_actions_and_reads_the_first_it_finds():
+    env, plain = envs.GuidedHousehold(), envs.Household()
+    for seed in range(30):
+        actions = [action for _, action in envs.Household().demonstration(seed, 0.3)]
+        said, twin = env.reset(seed=seed)[0], plain.reset(seed=seed)[0]
+        for action in actions:
+            assert said == f"{twin}\nAdmissible actions: {', '.join(plain.admissible())}."
+            said, *ours = env.step(f"Let me see.\nThe {action.upper()}, and look.\ngo to nowhere")
+            twin, *theirs = plain.step(action)
+            assert ours == theirs
+    env.reset(seed=1)
+    here, other = env.places[:2]
+    assert env.step(f"I go.\nGo to the {here}, then go to {other}.\nlook")[4]["invalid"] is False
+    assert env.here == here
+    for rubbish in ("", "I would go to sofa", "go", f"go to {here}s", "Nobody's walking"):
+        observation, reward, *_, info = env.step(rubbish)
+        assert info["invalid"] and reward == -0.1
+        assert (
+            observation == f"Nothing happens.\nAdmissible actions: {', '.join(env.admissible())}."
+        )
+    turns = env.demonstration(3)
+    assert env.success and all("Admissible actions: look" in said for said, _ in turns)
 
 
 def test_a_task_is_solved_only_as_asked():

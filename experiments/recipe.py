@@ -30,8 +30,12 @@ STEPS = {
     "1 x 4": (1, 4, (2e-4, 4e-4, 8e-4)),
     "1 x 8": (1, 8, (1e-4, 2e-4, 4e-4)),
 }
-ESTIMATORS = ("grpo", "dapo", "gspo")  # the paper's, in verl-agent's recipe
-RECIPE_RATES = (1e-4, 2e-4, 4e-4)
+# the paper's estimators in verl-agent's recipe, and the rates to choose from
+ESTIMATORS = {
+    "grpo": (1e-4, 2e-4, 4e-4),
+    "dapo": (1e-4, 2e-4, 4e-4),
+    "gspo": (2e-4, 4e-4, 8e-4),  # its clip lets little of a batch through
+}
 CONTROLS = {  # beside the pair without and with AEM, at AEM's rate
     "shuffled": {"aem": True, "aem_direction": "shuffle"},
     "reversed": {"aem": True, "aem_direction": "reverse"},
@@ -48,9 +52,9 @@ def cells():
         for name, (minibatches, epochs, rates) in STEPS.items():
             flags = HOUSEHOLD | arm | {"minibatches": minibatches, "epochs": epochs}
             found[name, with_aem] = (flags, rates)
-        for estimator in ESTIMATORS:
+        for estimator, rates in ESTIMATORS.items():
             flags = HOUSEHOLD | arm | {"recipe": "verl_agent", "estimator": estimator}
-            found[estimator, with_aem] = (flags, RECIPE_RATES)
+            found[estimator, with_aem] = (flags, rates)
     return found
 
 
