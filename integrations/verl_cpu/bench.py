@@ -1,4 +1,4 @@
-"""verl on a CPU: what stands for vLLM here, a tool to call, and a record of each batch.
+"""verl on a CPU: what stands for vLLM here, how a tool is called, and a record of each batch.
 
 Imported by verl in each of its processes, see run.sh, and known to it through its registries. Not
 for use: it samples one response at a time.
@@ -13,7 +13,6 @@ import transfer_queue as tq
 import verl_aem
 from transformers import AutoModelForCausalLM
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
-from verl.tools.function_tool import function_tool
 from verl.trainer.ppo.v1 import register_trainer
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
@@ -85,7 +84,7 @@ RolloutReplicaRegistry.register("cpu", lambda: Replica)
 base._ROLLOUT_REGISTRY["cpu", "async"] = "bench.Rollout"
 
 
-# ------------------------------------------------------------------------------ the task
+# ------------------------------------------------------------------------------ tool calls
 @ToolParser.register("command")
 class CommandParser(ToolParser):
     """A response that goes somewhere is a call of the tool; any other ends the episode."""
@@ -95,21 +94,6 @@ class CommandParser(ToolParser):
         if "go" not in text:
             return text, []
         return text, [FunctionCall(name="walk", arguments='{"steps": 1}')]
-
-
-@function_tool
-def walk(steps: int) -> str:
-    """Walk on.
-
-    Args:
-        steps: how far.
-    """
-    return "You are in a room like the one before."
-
-
-def reward(data_source, solution_str, ground_truth, extra_info=None):
-    """A reward that differs within a group is all that is needed."""
-    return float(len(solution_str) % 3)
 
 
 # ------------------------------------------------------------------------------ the record

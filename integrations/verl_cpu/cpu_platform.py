@@ -13,6 +13,9 @@ class NoDevice:
     def __getattr__(self, name):
         return lambda *args, **kwargs: 0
 
+    def get_device_name(self):
+        return "CPU"
+
     def mem_get_info(self):
         return 0, 0
 

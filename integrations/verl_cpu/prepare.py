@@ -11,7 +11,7 @@ import pandas
 
 import envs
 
-IMITATION_STEPS = 200
+IMITATION_STEPS = 60
 TASKS = 32
 
 # as envs.TEMPLATE, with what a tool answers in place of what the environment says

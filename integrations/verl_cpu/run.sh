@@ -29,7 +29,8 @@ rollout=actor_rollout_ref.rollout
     data.train_files="$work/tasks.parquet" data.val_files="$work/tasks.parquet" \
     data.train_batch_size=4 data.dataloader_num_workers=0 \
     data.max_prompt_length=256 data.max_response_length=128 \
-    custom_reward_function.path="$here/bench.py" custom_reward_function.name=reward \
+    reward.custom_reward_function.path="$here/task.py" \
+    reward.custom_reward_function.name=reward \
     reward.num_workers=1 \
     actor_rollout_ref.model.path="$work/policy" \
     +actor_rollout_ref.model.override_config.attn_implementation=eager \
@@ -39,9 +40,10 @@ rollout=actor_rollout_ref.rollout
     $actor.fsdp_config.model_dtype=fp32 \
     +$actor.fsdp_config.mixed_precision.param_dtype=fp32 \
     $actor.ppo_mini_batch_size=2 $actor.ppo_micro_batch_size_per_gpu=4 $actor.optim.lr=1e-4 \
-    $rollout.name=cpu $rollout.mode=async $rollout.n=4 $rollout.temperature=0.8 \
-    $rollout.log_prob_micro_batch_size_per_gpu=8 $rollout.agent.num_workers=1 \
+    $rollout.name=cpu $rollout.tensor_model_parallel_size=1 $rollout.n=4 $rollout.temperature=0.8 \
+    $rollout.log_prob_micro_batch_size_per_gpu=8 $rollout.calculate_log_probs=False \
+    $rollout.agent.num_workers=1 \
     $rollout.agent.default_agent_loop=tool_agent $rollout.multi_turn.enable=True \
     $rollout.multi_turn.format=command $rollout.multi_turn.max_assistant_turns=4 \
-    $rollout.multi_turn.function_tool_path="$here/bench.py"
+    $rollout.multi_turn.function_tool_path="$here/task.py"
 "$PYTHON" "$here/check.py" "$work"
