@@ -1,19 +1,13 @@
-"""verl on a CPU: what stands for vLLM here, how a tool is called, and a record of each batch.
+"""verl on a CPU: what stands for vLLM here, and how a tool is called.
 
 Imported by verl in each of its processes, see run.sh, and known to it through its registries. Not
 for use: it samples one response at a time.
 """
 
-import os
-from pathlib import Path
-
 import ray
 import torch
-import transfer_queue as tq
-import verl_aem
 from transformers import AutoModelForCausalLM
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
-from verl.trainer.ppo.v1 import register_trainer
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
@@ -94,24 +88,3 @@ class CommandParser(ToolParser):
         if "go" not in text:
             return text, []
         return text, [FunctionCall(name="walk", arguments='{"steps": 1}')]
-
-
-# ------------------------------------------------------------------------------ the record
-FIELDS = ["input_ids", "response_mask", "rm_scores", "entropy", "advantages"]
-
-
-@register_trainer("recorded_aem_sync")
-class RecordedTrainer(verl_aem.AEMTrainerSync):
-    """Writes what each update is about to see to $RECORD/step-N.pt."""
-
-    def __init__(self, config):
-        config.trainer.v1.trainer_mode = "aem_sync"
-        super().__init__(config)
-
-    def _update_actor(self, batch, metrics):
-        rows = {"keys": batch.keys, "partition_id": batch.partition_id}
-        data = tq.kv_batch_get(**rows, select_fields=["uid", *FIELDS])
-        record = {name: [row.clone() for row in data[name].unbind()] for name in FIELDS}
-        record["uid"] = list(data["uid"])
-        torch.save(record, Path(os.environ["RECORD"]) / f"step-{self.global_steps}.pt")
-        return super()._update_actor(batch, metrics)

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # verl's own main_ppo with the AEM trainer, on a CPU: two steps of 4 tasks x 4 rollouts with a tool,
 # then check.py. Takes the Python of $PYTHON, or makes an environment in the folder $1 (or a new one).
+# TRAINER=legacy: verl's older trainer.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-$(mktemp -d)}
 mkdir -p "$work/record"
+work=$(cd "$work" && pwd)
+rm -f "$work"/record/step-*.pt
+echo "in $work, verl's log too"
 if [ -z "${PYTHON:-}" ]; then
     python3 -m venv "$work/venv"
     PYTHON=$work/venv/bin/python
@@ -14,13 +18,19 @@ export PYTHONPATH=$here/../..:$here/..:$here
 "$PYTHON" "$here/prepare.py" "$work"
 
 export RECORD=$work/record
-export VERL_USE_EXTERNAL_MODULES=cpu_platform,verl_aem,bench
+if [ "${TRAINER:-v1}" = legacy ]; then
+    record=record_legacy
+    trainer=(trainer.use_v1=False)
+else
+    record=record_v1
+    trainer=(trainer.v1.trainer_mode=recorded_aem_sync)
+fi
+export VERL_USE_EXTERNAL_MODULES=cpu_platform,bench,$record
 export VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda  # verl's FSDP engine is not registered for a CPU
 actor=actor_rollout_ref.actor
 rollout=actor_rollout_ref.rollout
 "$PYTHON" -m verl.trainer.main_ppo \
-    trainer.v1.trainer_mode=recorded_aem_sync \
-    algorithm.adv_estimator=grpo \
+    "${trainer[@]}" algorithm.adv_estimator=grpo +algorithm.aem.lam=0.7 \
     trainer.device=cpu trainer.nnodes=1 trainer.n_gpus_per_node=1 \
     +ray_kwargs.ray_init.num_gpus=1 ray_kwargs.ray_init.num_cpus=16 \
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
@@ -45,5 +55,6 @@ rollout=actor_rollout_ref.rollout
     $rollout.agent.num_workers=1 \
     $rollout.agent.default_agent_loop=tool_agent $rollout.multi_turn.enable=True \
     $rollout.multi_turn.format=command $rollout.multi_turn.max_assistant_turns=4 \
-    $rollout.multi_turn.function_tool_path="$here/task.py"
+    $rollout.multi_turn.function_tool_path="$here/task.py" \
+    > "$work/verl.log" 2>&1 || { tail -n 20 "$work/verl.log"; exit 1; }
 "$PYTHON" "$here/check.py" "$work"

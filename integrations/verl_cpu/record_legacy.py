@@ -1,4 +1,4 @@
-"""As the record in bench.py, for verl's older trainer: $RECORD/step-N.pt, what each update sees."""
+"""As record_v1.py, for verl's older trainer."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 import verl_aem_legacy
 from verl.trainer.ppo import ray_trainer
 
-FIELDS = {"response_mask", "entropy", "advantages", "rm_scores"}
+FIELDS = ["response_mask", "rm_scores", "entropy", "advantages"]
 
 
 class Recorder(verl_aem_legacy.AEMRayPPOTrainer.__base__):
-    """verl's own trainer, below AEM."""
+    """verl's own trainer; comes after AEM's in the order of methods."""
 
     def _compute_old_log_prob(self, batch):
         result = super()._compute_old_log_prob(batch)
@@ -32,7 +32,7 @@ class Recorder(verl_aem_legacy.AEMRayPPOTrainer.__base__):
 
 
 class RecordedTrainer(verl_aem_legacy.AEMRayPPOTrainer, Recorder):
-    """AEM over the recorder over verl's trainer."""
+    """AEM, then the recorder, then verl's own."""
 
 
 ray_trainer.RayPPOTrainer = RecordedTrainer
