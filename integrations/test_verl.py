@@ -36,12 +36,14 @@ def make_rows(seed, groups=3, rollouts=4):
     """Rows as verl keeps them, unpadded: 1 to 4 responses each, parted by what a tool said."""
     rng = random.Random(seed)
     rows = []
-    for i in range(groups * rollouts):
+    for i in range(groups * rollouts + 1):
         mask = []
         for _ in range(rng.randint(1, 4)):
             mask += [1] * rng.randint(2, 6) + [0] * rng.randint(1, 3)
         if rng.random() < 0.5:
             mask = mask[: mask.index(0)]  # one response only, and nothing behind it
+        if i == groups * rollouts:
+            mask = [0]  # with which verl fills a batch: a task of its own, nothing sampled
         size = len(mask)
         noise = torch.tensor([rng.gauss(0, 1) for _ in range(3 * size)]).view(3, size)
         level = rng.random() * 2  # a response differs from another by more than its tokens do

@@ -30,7 +30,8 @@ export VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda  # verl's FSDP engine is not re
 actor=actor_rollout_ref.actor
 rollout=actor_rollout_ref.rollout
 "$PYTHON" -m verl.trainer.main_ppo \
-    "${trainer[@]}" algorithm.adv_estimator=grpo +algorithm.aem.lam=0.7 \
+    hydra.run.dir="$work/hydra" "${trainer[@]}" \
+    algorithm.adv_estimator=grpo +algorithm.aem.lam=0.7 \
     trainer.device=cpu trainer.nnodes=1 trainer.n_gpus_per_node=1 \
     +ray_kwargs.ray_init.num_gpus=1 ray_kwargs.ray_init.num_cpus=16 \
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
