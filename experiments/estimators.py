@@ -22,9 +22,9 @@ RESULTS = Path(__file__).with_suffix("")
 STEPS = 30
 SEEDS = (1, 2, 3)
 ARMS = {name: {"estimator": name} for name in aem.ESTIMATORS}
-# sixteen optimizer steps a batch want a lower rate than the default, but for GSPO's tight clip
-for name, lr in (("grpo", 2e-4), ("dapo", 2e-4), ("gspo", 8e-4)):
-    ARMS[f"{name}, verl-agent"] = {"estimator": name, "recipe": "verl_agent", "lr": lr}
+# sixteen optimizer steps a batch want a lower rate than the default
+for name, lr in (("grpo", 2e-4), ("dapo", 2e-4), ("gspo", 4e-4)):
+    ARMS[f"{name}-verl-agent"] = {"estimator": name, "recipe": "verl_agent", "lr": lr}
 
 
 def run(arm, seed):
