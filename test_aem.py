@@ -1467,27 +1467,28 @@ def test_every_step_shuffles_anew(mixed):
     assert alphas(1) != alphas(2) and alphas(1) != alphas(1, seed=1)
 
 
-def test_the_readme_recipe_for_other_trainers_does_what_ours_does(played):
+def test_the_readme_line_for_other_trainers_does_what_ours_does(played, monkeypatch):
     """`played` as a dense batch, base advantages 1: what comes out is each token's alpha."""
+    monkeypatch.syspath_prepend(HERE / "integrations")
+    from aem_tokens import token_alphas
+
     readme = (HERE / "README.md").read_text()
-    recipe = re.split("#+ In your own trainer", readme)[1].split("```python\n")[1].split("```")[0]
-    responses = aem.responses_of(played)
+    line = re.search("    (advantage .*)  # ", readme)[1]
     shape = (len(played), max(len(t.ids) for t in played))
     names = {"entropy": torch.zeros(shape), "advantage": torch.ones(shape)}
-    names |= {"turn": torch.full(shape, -1), "aem_coefficients": aem.aem_coefficients}
-    names["task"] = torch.tensor([t.group for t in played])
-    spans = {}
+    names |= {"sampled": torch.zeros(shape).bool(), "group": [t.group for t in played]}
+    spans = []
     for row, t in enumerate(played):
         for r in t.responses:
-            number = len(spans)
-            spans[number] = row, slice(r.start, r.start + len(r.logp))
-            names["entropy"][spans[number]] = torch.tensor(r.entropy)
-            names["turn"][spans[number]] = number
-    exec(recipe, names)
-    for number, r in enumerate(responses):
-        found = names["advantage"][spans[number]].tolist()
-        assert found == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
-    assert (names["advantage"][names["turn"] < 0] == 1).all()
+            span = row, slice(r.start, r.start + len(r.logp))
+            spans.append(span)
+            names["entropy"][span] = torch.tensor(r.entropy)
+            names["sampled"][span] = True
+    names |= {"trained": names["sampled"], "token_alphas": token_alphas}
+    exec(line, names)
+    for span, r in zip(spans, aem.responses_of(played)):
+        assert names["advantage"][span].tolist() == pytest.approx([r.alpha] * len(r.logp), abs=1e-5)
+    assert (names["advantage"][~names["sampled"]] == 1).all()
 
 
 def test_micro_batches_hold_everything_within_the_budget(played):
