@@ -26,31 +26,37 @@ def random_batch(seed, rows=9, length=23):
 
 
 def slow_alphas(entropy, sampled, trained, group, lam, min_range):
-    """Alpha of each trained token, as {(row, token): alpha}, and the alphas of each group."""
-    responses = []  # (group, trained tokens of it)
-    for row in range(len(sampled)):
+    """Alpha of each trained token, {(row, token): alpha}, and the alphas of each group."""
+    responses = {name: [] for name in group}  # of each group: trained tokens of each response
+    for row, name in enumerate(group):
         tokens = None
-        for t in range(len(sampled[row])):
-            if not sampled[row][t]:
+        for t in range(sampled.shape[1]):
+            if not sampled[row, t]:
                 tokens = None
                 continue
             if tokens is None:
                 tokens = []
-                responses.append((group[row], tokens))
-            if trained[row][t]:
+                responses[name].append(tokens)
+            if trained[row, t]:
                 tokens.append((row, t))
-    responses = [(g, tokens) for g, tokens in responses if tokens]
-    result, of_group = {}, {}
-    for name in {g for g, _ in responses}:
-        members = [tokens for g, tokens in responses if g == name]
-        h = [math.fsum(float(entropy[i]) for i in tokens) / len(tokens) for tokens in members]
-        span = max(h) - min(h)
-        weights = [1.0] * len(h)
-        if span >= min_range and span > 0:
-            weights = [math.exp(-lam * (x - min(h)) / span) for x in h]
+    result = {}
+    of_group = []
+    for found in responses.values():
+        members = [tokens for tokens in found if tokens]
+        if not members:
+            continue
+        h_bar = []
+        for tokens in members:
+            total = math.fsum(entropy[i].item() for i in tokens)
+            h_bar.append(total / len(tokens))
+        low = min(h_bar)
+        span = max(h_bar) - low
+        acts = span > 0 and span >= min_range
+        weights = [math.exp(-lam * (h - low) / span) if acts else 1.0 for h in h_bar]
         mean = math.fsum(weights) / len(weights)
-        of_group[name] = [weight / mean for weight in weights]
-        for tokens, alpha in zip(members, of_group[name]):
+        alphas = [weight / mean for weight in weights]
+        of_group.append(alphas)
+        for tokens, alpha in zip(members, alphas):
             result |= dict.fromkeys(tokens, alpha)
     return result, of_group
 
@@ -64,7 +70,7 @@ def test_alphas_equal_loops(lam, min_range):
         for index, alpha in want.items():
             assert found[index].item() == pytest.approx(alpha, rel=1e-5)
         assert found[~trained].eq(1).all()  # what is not trained on has no alpha
-        for alphas in of_group.values():
+        for alphas in of_group:
             assert sum(alphas) / len(alphas) == pytest.approx(1)
 
 
@@ -78,7 +84,8 @@ def test_alphas_go_with_their_rows():
 
 
 def test_responses_are_runs_of_a_row():
-    sampled = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1]]).bool()
+    rows = ("## #", "#  #", "  ##")
+    sampled = torch.tensor([[mark == "#" for mark in row] for row in rows])
     trained = sampled.clone()
     trained[1, 0] = False  # this response trains no token
     trained[2, 2] = False  # this one does
@@ -88,8 +95,10 @@ def test_responses_are_runs_of_a_row():
 
 
 def test_tokens_that_were_not_sampled_are_refused():
+    sampled = torch.tensor([[True, False]])
+    trained = torch.tensor([[True, True]])
     with pytest.raises(ValueError, match="not sampled"):
-        find_responses(torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+        find_responses(sampled, trained)
 
 
 def test_bf16_entropies_are_averaged_in_float32():
