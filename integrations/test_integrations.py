@@ -1,7 +1,7 @@
 """AEM in TRL's GRPOTrainer, on a CPU with a toy policy, against loops in float64.
 
-    pytest -q integrations               # the light part
-    AEM_SLOW=1 pytest -q integrations    # all
+    pip install -r requirements.txt -r integrations/requirements-trl.txt peft
+    pytest -q integrations
 
 The rollout functions here return random ids: what is tested is what happens to them afterwards.
 """
@@ -34,7 +34,6 @@ from trl_aem import AEM
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of rollout functions
 
-slow = pytest.mark.skipif("AEM_SLOW" not in os.environ, reason="slow: AEM_SLOW=1 runs it")
 tool_calls = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.8"),
     reason="before 1.8, TRL can't parse tool calls with this transformers",
@@ -322,8 +321,9 @@ def slow_loss(model, batch, kind):
 
 
 # ---------------------------------------------------------------------------- advantages
-def test_single_turn(tmp_path):
-    trainer = train(tmp_path, rollout=None, loss_type="dapo", max_completion_length=12)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_single_turn(kind, tmp_path):
+    trainer = train(tmp_path, rollout=None, loss_type=kind, max_completion_length=12)
     count, changed = check_advantages(trainer)
     assert count == 4 * 8 and changed > 16
     first = trainer.state.log_history[0]
@@ -335,21 +335,13 @@ def test_single_turn(tmp_path):
     assert first["aem/alpha_max"] == pytest.approx(max(alphas), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dapo", *(pytest.param(k, marks=slow) for k in LOSSES)])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_several_turns(kind, tmp_path):
     trainer = train(tmp_path, loss_type=kind)
     count, changed = check_advantages(trainer)
     assert count > 4 * 8 * 1.5 and changed > count / 2
 
 
-@slow
-@pytest.mark.parametrize("kind", LOSSES)
-def test_single_turn_of_each_loss(kind, tmp_path):
-    trainer = train(tmp_path, rollout=None, loss_type=kind, max_completion_length=12)
-    check_advantages(trainer)
-
-
-@slow
 @pytest.mark.parametrize("kind", LOSSES)
 def test_accumulation_and_iterations(kind, tmp_path):
     trainer = train(
@@ -379,7 +371,7 @@ def test_filtered_completions_stay_out(tmp_path):
     assert lengths.eq(0).sum() > 3
 
 
-def test_bf16_entropies_are_averaged_in_float32(tmp_path):
+def test_bf16_entropies_are_averaged_exactly(tmp_path):
     class Half(WithAEM):
         entropy_tolerance = 0.02
 
@@ -404,9 +396,7 @@ def test_order_within_a_group_does_not_matter(tmp_path):
 
 
 # ---------------------------------------------------------------------------- the update
-@pytest.mark.parametrize(
-    "kind", ["grpo", "dr_grpo", *(pytest.param(k, marks=slow) for k in ("dapo", "bnpo"))]
-)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_loss_and_gradient(kind, tmp_path):
     """Two steps on one batch: in the second, ratios are not 1 and some are clipped."""
     trainer = train(
@@ -525,7 +515,6 @@ def test_a_reference_model_is_not_asked_for_entropies(tmp_path):
     assert [entropy for of_policy, entropy in trainer.passes if not of_policy] == [None]
 
 
-@slow
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_lora_with_kl(iterations, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install peft")
@@ -573,7 +562,7 @@ def guess(number: int) -> str:
 class Scripted(WithAEM):
     """Responses come from a script, at random: a tool call, or the end."""
 
-    entropy_tolerance = 1e-4  # longer completions
+    entropy_tolerance = 3e-4  # hundreds of tokens
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         rng = random.Random(f"{len(self.scored)}/{len(prompt_ids)}/{len(prompt_ids[0])}")
@@ -584,7 +573,6 @@ class Scripted(WithAEM):
         return [self.processing_class(text).input_ids for text in texts], None
 
 
-@slow
 @tool_calls
 @pytest.mark.parametrize("options", [{"environment_factory": Guess}, {"tools": [guess]}])
 def test_the_tool_loop(options, tmp_path):
@@ -602,7 +590,6 @@ def test_the_tool_loop(options, tmp_path):
 
     prompts = [{"prompt": [{"role": "user", "content": f"Guess {i}."}]} for i in range(32)]
     changes = {"max_completion_length": 400, "max_tool_calling_iterations": 3}
-    changes["learning_rate"] = 1e-3  # a larger one makes float32 less exact
     trainer = Scripted(
         make_policy(),
         reward,
@@ -619,7 +606,6 @@ def test_the_tool_loop(options, tmp_path):
         WithAEM(make_policy(), reward, config, trainer.train_dataset, **options)
 
 
-@slow
 def test_with_vllm_no_forward_is_added(tmp_path):
     """The engine is replaced by one that makes up its log-probs."""
 
@@ -642,7 +628,8 @@ def test_with_vllm_no_forward_is_added(tmp_path):
 # ---------------------------------------------------------------------------- two processes
 def record(out, rows):
     """Train, and keep what a process saw of each batch; torchrun starts this file with it."""
-    trainer = train(out, per_device_train_batch_size=rows, max_steps=3, ddp_backend="gloo")
+    backend = "gloo" if "LOCAL_RANK" in os.environ else None
+    trainer = train(out, per_device_train_batch_size=rows, max_steps=3, ddp_backend=backend)
     batches = [(b["advantages"], b["completion_mask"]) for b in trainer.modulated]
     weights = trainer.model.state_dict()
     rank = trainer.accelerator.process_index
@@ -650,7 +637,6 @@ def record(out, rows):
     return trainer
 
 
-@slow
 def test_two_processes_equal_one(tmp_path):
     """Two processes of 6 completions: of 3 groups of 4, the second lies on both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

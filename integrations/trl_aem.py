@@ -145,7 +145,7 @@ class AEM:
         h_bar = mean_entropies(entropy[sampled], response, len(row))  # (R,)
         rank = self.accelerator.process_index
         completion = row.cpu() + rank * len(sampled)
-        parts = gather_object([(h_bar.cpu(), completion)])  # a group may lie on several processes
+        parts = gather_object([(h_bar, completion)])  # a group may lie on several processes
         alpha = self._alphas(
             torch.cat([h_bar for h_bar, _ in parts]),
             torch.cat([completion for _, completion in parts]),
