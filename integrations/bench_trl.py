@@ -2,7 +2,7 @@
 
     python integrations/bench_trl.py
 
-A Qwen2 of 12 M parameters with random weights samples 16 completions of 64 tokens by TRL's own
+A Qwen2 of 6 M parameters with random weights samples 16 completions of 32 tokens by TRL's own
 `generate`, twice: once where TRL makes no forward for old log-probs, so that AEM adds one, and
 once where it makes one. The learning rate is 0, so all trainers sample the same tokens. Results go
 to integrations/bench_trl.json.
@@ -26,8 +26,8 @@ import trl  # noqa: E402
 from trl_aem import AEMGRPOTrainer  # noqa: E402
 
 ROUNDS = 5
-STEPS = 5  # the first of them is not counted
-PROMPT = "go to shelf and look " * 8
+STEPS = 4  # batches; the first is not counted
+PROMPT = "go to shelf and look " * 4
 CASES = {"one step per batch": 1, "two steps per batch": 2}  # num_iterations
 TRAINERS = {"without": trl.GRPOTrainer, "with AEM": AEMGRPOTrainer}
 
@@ -54,10 +54,10 @@ def make_policy(folder):
     )
     tokenizer.eos_token = tokenizer.pad_token = special[0]
     config = transformers.Qwen2Config(
-        vocab_size=16384,
+        vocab_size=8192,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         tie_word_embeddings=True,
@@ -77,7 +77,6 @@ def seconds_per_step(trainer_class, iterations, folder):
         output_dir=folder,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -87,7 +86,7 @@ def seconds_per_step(trainer_class, iterations, folder):
         num_generations=8,
         per_device_train_batch_size=16,
         num_iterations=iterations,
-        max_completion_length=64,
+        max_completion_length=32,
         model_init_kwargs={"dtype": "float32"},
     )
     tasks = datasets.Dataset.from_list([{"prompt": PROMPT}] * 64)
@@ -101,7 +100,7 @@ def seconds_per_step(trainer_class, iterations, folder):
 def main():
     transformers.utils.logging.disable_progress_bar()
     results = {"torch": torch.__version__, "trl": trl.__version__}
-    results |= {"cpu": platform.processor(), "threads": torch.get_num_threads(), "seconds": {}}
+    results |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "seconds": {}}
     with tempfile.TemporaryDirectory() as folder:
         make_policy(folder)
         for case, iterations in CASES.items():

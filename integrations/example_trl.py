@@ -74,7 +74,6 @@ def make_trainer(policy, environments, cfg, steps, lam, folder):
         output_dir=folder,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

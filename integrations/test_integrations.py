@@ -166,7 +166,6 @@ def settings(folder, **changes):
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
         "logging_steps": 1,
         "learning_rate": 1e-2,
         "max_steps": 4,
