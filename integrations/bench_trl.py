@@ -92,6 +92,7 @@ def seconds_per_step(trainer_class, iterations, folder):
     tasks = datasets.Dataset.from_list([{"prompt": PROMPT}] * 64)
     clock = Clock()
     trainer = trainer_class(folder, reward, options, tasks, callbacks=[clock])
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     counted = clock.ends[iterations - 1 :]
     return (counted[-1] - counted[0]) / (len(counted) - 1)

@@ -1,7 +1,7 @@
 """GRPO with AEM in TRL, on a CPU, offline: the household game, played by `aem.py`'s rollout.
 
     pip install -r requirements.txt -r integrations/requirements-trl.txt
-    python integrations/example_trl.py              # some 20 steps from the embedded policy
+    python integrations/example_trl.py              # 20 steps from the embedded policy
     python integrations/example_trl.py --lam 0      # without AEM
 
 What aem.py samples is handed to TRL token by token by a `rollout_func`: observations have
@@ -19,6 +19,7 @@ sys.path.append(str(ROOT))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of rollout functions
 
 import datasets  # noqa: E402
+import transformers  # noqa: E402
 import trl  # noqa: E402
 from trl_aem import AEMGRPOTrainer  # noqa: E402
 
@@ -74,6 +75,7 @@ def make_trainer(policy, environments, cfg, steps, lam, folder):
         output_dir=folder,
         use_cpu=True,
         bf16=False,
+        gradient_checkpointing=False,  # it and the rollout's key-value cache exclude each other
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -110,6 +112,7 @@ def main():
     before = aem.evaluate(policy, environments, cfg)[1]["eval_success"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(policy, environments, cfg, args.steps, args.lam, folder)
+        trainer.remove_callback(transformers.PrinterCallback)  # a table follows
         trainer.train()
     after = aem.evaluate(policy, environments, cfg)[1]["eval_success"]
     print("step", *METRICS, sep="  ")
