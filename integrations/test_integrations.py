@@ -610,13 +610,16 @@ def test_with_vllm_no_forward_is_added(tmp_path):
 
     class Engine(WithAEM):
         def _generate(self, prompts):
-            self.use_vllm = False
-            result = list(super()._generate(prompts))
+            self.use_vllm = False  # there is no engine whose weights would be updated
+            result = super()._generate(prompts)
             self.use_vllm = True
-            result[4] = [[-3.0] * len(ids) for ids in result[1]]
-            return tuple(result)
+            return result
 
-    trainer = make(tmp_path, kind=Engine)
+    def rollout(prompts, trainer):
+        batch = several_turns(prompts, trainer)
+        return batch | {"logprobs": [[-3.0] * len(ids) for ids in batch["completion_ids"]]}
+
+    trainer = make(tmp_path, kind=Engine, rollout=rollout)
     trainer.use_vllm = True
     trainer.train()
     assert trainer.calls == len(trainer.scored) == 4
