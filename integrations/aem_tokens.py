@@ -32,9 +32,19 @@ def find_responses(sampled: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_entropies(entropy: Tensor, response: Tensor, count: int) -> Tensor:
-    """H_bar of each response, the mean entropy of its tokens in nats: (N,), (N,) -> (R,)."""
-    entropy = entropy.float()  # subtle: sums of bf16 entropies leave alphas of three digits
-    total = torch.zeros(count, device=entropy.device).index_add_(0, response, entropy)
+    """H_bar of each response, the mean entropy of its tokens in nats.
+
+    Args:
+        entropy: (N,), of each trained token, in nats.
+        response: (N,), the response of each.
+        count: R, the number of responses.
+
+    Returns:
+        (R,) float64, on the CPU.
+    """
+    entropy = entropy.cpu().double()  # subtle: sums of bf16 entropies leave alphas of three digits
+    response = response.cpu()
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, response, entropy)
     return total / response.bincount(minlength=count)
 
 
@@ -64,8 +74,8 @@ def token_alphas(
     numbers = {}
     for key in group:
         numbers.setdefault(key, len(numbers))
-    row_group = torch.tensor([numbers[key] for key in group], device=row.device)  # (B,)
-    alpha = aem_coefficients(h_bar, row_group[row], lam, min_range)  # (R,)
+    row_group = torch.tensor([numbers[key] for key in group])  # (B,)
+    alpha = aem_coefficients(h_bar, row_group[row.cpu()], lam, min_range)  # (R,)
     result = torch.ones(entropy.shape, device=entropy.device)
-    result[trained] = alpha[response]
+    result[trained] = alpha.to(result)[response]
     return result
