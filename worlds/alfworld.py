@@ -100,10 +100,10 @@ class Alfworld:
     """An ALFWorld game, in a room that training sees or, from seed HELD_OUT on, another one."""
 
     instructions = (
-        "You are in a household. Actions: go to PLACE; open PLACE; close PLACE; take OBJECT from "
-        "PLACE; move OBJECT to PLACE; clean OBJECT with PLACE; heat OBJECT with PLACE; cool OBJECT "
-        "with PLACE; slice OBJECT with OBJECT; use LAMP; examine PLACE; look; inventory. Names have "
-        "numbers. Reply with one action and nothing else, like: go to drawer 1"
+        "You are in a household. Actions: go to PLACE; open PLACE; close PLACE; take THING from "
+        "PLACE; move THING to PLACE; clean, heat or cool THING with PLACE; slice THING with THING; "
+        "use LAMP; examine PLACE; look; inventory. Names have numbers. Reply with one action and "
+        "nothing else, like: go to drawer 1"
     )
     max_turns = 50
     max_response_tokens = 32
