@@ -21,7 +21,7 @@ SAME_ORDER = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]
 
 
 @functools.cache
-def java(jar, *options):
+def java(jar):
     """A Java process with a jar's classes, for all environments of this process; it ends with it.
 
     Raises: RuntimeError without Java.
@@ -29,7 +29,7 @@ def java(jar, *options):
     if not shutil.which("java"):
         raise RuntimeError("there is no Java here: apt install default-jre-headless")
     here = os.path.dirname(jar)  # where it finds its data
-    port = launch_gateway(classpath=jar, javaopts=list(options), die_on_exit=True, cwd=here)
+    port = launch_gateway(classpath=jar, javaopts=SAME_ORDER, die_on_exit=True, cwd=here)
     return JavaGateway(gateway_parameters=GatewayParameters(port=port, auto_field=True)).jvm
 
 
@@ -39,7 +39,7 @@ def variations(simplifications):
 
     Evaluation takes tasks in turns, so that its first hundred has each as often as any other.
     """
-    server = java(JAR_PATH, *SAME_ORDER).scienceworld.runtime.pythonapi.PythonInterface()
+    server = java(JAR_PATH).scienceworld.runtime.pythonapi.PythonInterface()
     train = {}
     test = []
     for task in ID2TASK.values():
@@ -65,7 +65,7 @@ class ScienceWorld:
     simplifications = "easy"  # all of them; "" is ScienceWorld as it is
 
     def __init__(self):
-        jvm = java(JAR_PATH, *SAME_ORDER)
+        jvm = java(JAR_PATH)
         self.server = jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self.train, self.test = variations(self.simplifications)
         self.evaluation_tasks = len(self.test)

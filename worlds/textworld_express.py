@@ -18,14 +18,16 @@ from worlds.scienceworld import java
 
 
 class TextWorldExpress:
-    """TextWorld Commonsense, of its train fold or, from seed HELD_OUT on, its test fold."""
+    """CookingWorld, of its train fold or, from seed HELD_OUT on, its test fold."""
 
-    instructions = "You are in a text game. Reply with one action and nothing else, like: take hat"
+    instructions = (
+        "You are in a text game. Reply with one action and nothing else, like: open fridge"
+    )
     max_turns = 50
     max_response_tokens = 32
     held_out = True
-    game = "twc"
-    parameters = "numLocations=1,numItemsToPutAway=1"
+    game = "cookingworld"
+    parameters = "numLocations=4,numIngredients=3"
 
     def __init__(self):
         self.server = java(JAR_PATH).textworldexpress.runtime.PythonInterface()
