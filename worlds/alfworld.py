@@ -42,19 +42,22 @@ def remember():
         return copy.deepcopy(parse(text, rule_name=rule_name))  # what is derived writes into it
 
     @functools.lru_cache(64)
-    def translate_once(domain, problem, verbose=False, optimize=False):
+    def translate_once(domain, problem):
         arguments = sys.argv  # it writes its own there
         try:
-            return translate(domain, problem)  # optimized is what only the planner would need
+            return translate(domain, problem)
         finally:
             sys.argv = arguments
+
+    def pddl2sas(domain, problem, verbose=False, optimize=False):
+        return translate_once(domain, problem)  # only the planner would need it optimized
 
     def copy_context(context):  # the engine's own copies all that is in it, for each word
         return context | {key: dict(context[key]) for key in ("variables", "mapping")}
 
     textgen._parse_and_convert = parse_once
     textgen.copy_context = copy_context
-    fast_downward.pddl2sas = translate_once
+    fast_downward.pddl2sas = pddl2sas
     Rule.parse_conjunctive_query = functools.lru_cache(4096)(Rule.parse_conjunctive_query)
 
 

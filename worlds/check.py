@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # not this folder: in it, alfworld.py is ours
+if not __package__:  # run as a script
+    sys.path[0] = str(ROOT)  # instead of this folder, in which alfworld.py is ours
 import envs  # noqa: E402
 
 DEFAULT_TURNS = 12  # as in aem.py

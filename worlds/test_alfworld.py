@@ -133,13 +133,15 @@ def test_remembering_changes_nothing(env, steps=15, seeds=(1, 2)):
     assert log == json.loads(plain.stdout.splitlines()[-1])
 
 
-def test_a_reset_leaves_the_process_as_it_was(env, tmp_path):
-    env.reset(seed=2)
+def test_a_reset_leaves_the_process_as_it_was(env, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["aem.py"])
+    env.reset(seed=100)
     before = sys.argv, sys.stdout, random.getstate(), disk(tmp_path)
-    for seed in (3, 4):
+    for seed in (101, 102):
         env.reset(seed=seed)
-    env.demonstration(4)
+    env.demonstration(103)
     assert (sys.argv, sys.stdout, random.getstate(), disk(tmp_path)) == before
+    assert sys.argv == ["aem.py"]
 
 
 def test_same_seed_in_another_process(env):
@@ -150,12 +152,13 @@ def test_same_seed_in_another_process(env):
 
 
 def test_downloaded_games(monkeypatch, tmp_path):
-    names = {  # folder of ALFWorld's download: can it be played?
+    names = {  # folder of ALFWorld's download, whether it is played
         "train/pick_and_place_simple-Mug-None-Desk-301/trial_T1": True,
         "train/pick_and_place_simple-AppleSliced-None-Fridge-7/trial_T2": False,
         "train/pick_and_place_with_movable_recep-Pen-Bowl-Desk-8/trial_T3": False,
         "valid_unseen/look_at_obj_in_light-Mug-None-DeskLamp-308/trial_T4": True,
         "valid_unseen/pick_and_place_simple-Mug-None-Desk-308/trial_T5": True,
+        "valid_unseen/pick_two_obj_and_place-Mug-None-Desk-308/trial_T6": True,
     }
     for seed, name in enumerate(names):
         folder = tmp_path / "json_2.1.1" / name
@@ -169,9 +172,9 @@ def test_downloaded_games(monkeypatch, tmp_path):
     world.downloaded.cache_clear()
     try:
         real = world.Alfworld()
-        kinds = [real.reset(seed=HELD_OUT + i)[1]["task_type"] for i in range(2)]
-        assert kinds == ["look_at_obj_in_light", "pick_and_place_simple"]
-        assert real.evaluation_tasks == 2
+        kinds = [real.reset(seed=HELD_OUT + i)[1]["task_type"] for i in range(3)]
+        assert kinds == [name.split("/")[1].split("-")[0] for name in list(names)[3:]]
+        assert real.evaluation_tasks == 3
         assert len({real.reset(seed=seed)[0] for seed in range(5)}) == 1
         observation = real.reset(seed=HELD_OUT)[0]
         assert real.demonstration(HELD_OUT)[0][0] == observation
