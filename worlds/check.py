@@ -58,14 +58,14 @@ def random_episode(env, seed, vocabulary, times):
 
 
 def replay(env, seed, turns):
-    """Play a demonstration's actions: (solved, whether its observations come again)."""
-    observation, _ = env.reset(seed=seed)
-    info = {}
+    """Play a demonstration's actions: (task type, solved, whether its observations come again)."""
+    observation, info = env.reset(seed=seed)
+    kind = info.get("task_type")
     same = True
     for expected, action in turns:
         same = same and observation == expected
         observation, _, _, _, info = env.step(action)
-    return bool(info.get("success")), same
+    return kind, bool(info.get("success")), same
 
 
 def digests(env, seeds, vocabulary):
@@ -98,16 +98,13 @@ def check_demonstrations(env, count, longest):
     all_same = True
     for seed in range(count):
         turns = timed(times, env.demonstration, seed)
-        kind = env.reset(seed=seed)[1].get("task_type")
-        solved, same = replay(env, seed, turns)
+        kind, solved, same = replay(env, seed, turns)
         all_same = all_same and same
         by_type[kind].append(solved)
         if solved:
             lengths.append(len(turns))
     soon = sum(length <= limit for length in lengths)
-    print(
-        f"demonstrations  {len(lengths)} of {count} solve their task, {soon} within {limit} turns"
-    )
+    print(f"demonstrations  {len(lengths)} of {count} solve the task, {soon} within {limit} turns")
     if lengths:
         typical = statistics.median(lengths)
         print(f"  turns  median {typical:g}, {min(lengths)} to {max(lengths)}; {costs(times)} each")
