@@ -1,6 +1,8 @@
 """ScienceWorld: 30 kinds of task in a school's science lab (pip install scienceworld==1.2.3; Java).
 
-python aem.py --env worlds.scienceworld:ScienceWorld --model Qwen/Qwen2.5-1.5B-Instruct
+    python aem.py --env worlds.scienceworld:ScienceWorld --model Qwen/Qwen2.5-1.5B-Instruct
+
+All of it is ScienceWorld's: simulator, tasks, their variations, its split of them, solutions.
 """
 
 import functools
@@ -16,18 +18,16 @@ except ImportError as error:
 
 from envs import HELD_OUT
 
+if not shutil.which("java"):
+    raise RuntimeError("it needs Java: apt install default-jre-headless")
+
 # Things in a room are listed in the order of their identity hashes, which by default are random.
 SAME_ORDER = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]
 
 
 @functools.cache
 def java(jar):
-    """A Java process with a jar's classes, for all environments of this process; it ends with it.
-
-    Raises: RuntimeError without Java.
-    """
-    if not shutil.which("java"):
-        raise RuntimeError("there is no Java here: apt install default-jre-headless")
+    """A Java process with a jar's classes, for all environments; it ends with this process."""
     here = os.path.dirname(jar)  # where it finds its data
     port = launch_gateway(classpath=jar, javaopts=SAME_ORDER, die_on_exit=True, cwd=here)
     return JavaGateway(gateway_parameters=GatewayParameters(port=port, auto_field=True)).jvm
@@ -37,7 +37,7 @@ def java(jar):
 def variations(simplifications):
     """ScienceWorld's own split, ({task: its variations for training}, [(task, variation) to test]).
 
-    Evaluation takes tasks in turns, so that its first hundred has each as often as any other.
+    Evaluation takes tasks in turns, so that any number of them has each about as often.
     """
     server = java(JAR_PATH).scienceworld.runtime.pythonapi.PythonInterface()
     train = {}
