@@ -837,12 +837,16 @@ def embedded_policy(env, steps, noise, batch=24):
 
     In each step it has imitated `batch` of `env`'s demonstrations, mistakes and all. Every word is
     one token. The loss is of all tokens: from actions alone, it never learns to copy a name.
+    An environment with slow episodes may name their number, `demonstrations`: with each noise so
+    many are played at most, and imitated again and again.
     """
     import torch
     import transformers
     from tqdm import tqdm
 
-    texts = (text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn)
+    limit = getattr(env, "demonstrations", None)  # none: new ones without end
+    play = functools.cache(env.demonstration) if limit else env.demonstration
+    texts = (text for i in range(limit or 2000) for turn in play(i, 0.5) for text in turn)
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     options = {"new_special_tokens": special, "show_progress": False}
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, **options)
@@ -865,7 +869,7 @@ def embedded_policy(env, steps, noise, batch=24):
     turn = "<|user|>{}<|end|><|assistant|>{}<|end|>"
     bar = tqdm(range(steps), desc="warm start", unit="step")
     for _ in bar:
-        episodes = [env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(batch)]
+        episodes = [play(rng.randrange(limit or HELD_OUT), noise) for _ in range(batch)]
         texts = ["".join(turn.format(*pair) for pair in turns) for turns in episodes]
         inputs = tokenizer(texts, padding=True, return_tensors="pt")  # (B, T), padded on the right
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
