@@ -330,7 +330,7 @@ def slow_reward(row, price, attributes, wanted_row, order, limit, chosen):
 
 TITLE = "Trail Running Shoes Steel Kitchen Knob Lamp Oak Tea Green Box for".split()
 MARKS = "rubber sole,rubber soles,tea tree,essential oil,essential oils,easy clean".split(",")
-VALUES = "red,dark navy,navy blue,light blue,off white,light red,x-large,large,pack of 6,pack of 12".split(
+VALUES = "red,dark navy,navy blue,light blue,off white,x-large,large,pack of 6,pack of 12".split(
     ","
 )
 
