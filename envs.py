@@ -832,6 +832,19 @@ TEMPLATE = """{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
+def word_tokenizer(texts):
+    """The embedded policy's: each word of the texts is one token, if they fit into 4,096."""
+    import transformers
+
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    options = {"new_special_tokens": special, "show_progress": False}
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, **options)
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def embedded_policy(env, steps, noise, batch=24):
     """A Qwen2 of 0.2 M parameters to start RL from, without a download: (model, tokenizer).
 
@@ -847,12 +860,7 @@ def embedded_policy(env, steps, noise, batch=24):
     limit = getattr(env, "demonstrations", None)  # none: new ones without end
     play = functools.cache(env.demonstration) if limit else env.demonstration
     texts = (text for i in range(limit or 2000) for turn in play(i, 0.5) for text in turn)
-    special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    options = {"new_special_tokens": special, "show_progress": False}
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, **options)
-    tokenizer.eos_token = "<|end|>"
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.padding_side = "right"
+    tokenizer = word_tokenizer(texts)
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
