@@ -162,7 +162,9 @@ def read_file(folder, name):
     paths = [Path(folder, f"{name}{end}.json") for end in ("", "_1000")]
     present = [path for path in paths if path.exists()]
     if not present:
-        raise ValueError(f"$WEBSHOP_DATA={folder} holds no {paths[0].name}: get it by setup.sh")
+        raise ValueError(
+            f"$WEBSHOP_DATA={folder} has no {paths[0].name}: WebShop's setup.sh gets it"
+        )
     try:
         return json.loads(present[0].read_text(encoding="utf-8"))
     except ValueError as error:
