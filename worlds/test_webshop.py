@@ -186,6 +186,16 @@ def test_pages_to_the_letter(real):
         assert info == {"success": False, "invalid": False, "score": 0.0}
 
 
+def test_an_empty_bullet_leaves_its_place_and_an_empty_description_none(real):
+    real.step("search[shoes]")
+    real.step("click[b09kbmkp8q]")
+    real.item.bullets = ["", "Soft"]
+    real.item.description = ""
+    assert real.step("click[features]")[0] == f"{HEAD}< Prev [SEP]  [SEP] Soft"
+    real.step("click[< prev]")
+    assert real.step("click[description]")[0] == f"{HEAD}< Prev"
+
+
 def test_a_purchase_counts_what_was_chosen(real):
     real.goal.product.price = 40.0
     for action in ("search[shoes]", "click[b09kbmkp8q]", "click[9]", "click[dark navy]"):

@@ -446,7 +446,7 @@ class WebShop(envs.TextEnv):
         else:
             page = {"results": self._results, "item": self._item}.get(self.page, self._sub_page)
             parts = [*self._head(), "Back to Search", *page()]
-        return self.separator.join(filter(None, parts))
+        return self.separator.join(parts)
 
     def _head(self):
         return ["Instruction:", self.goal.text]
@@ -464,7 +464,8 @@ class WebShop(envs.TextEnv):
         return ["< Prev", *options, *facts, "Description", "Features", "Reviews", "Buy Now"]
 
     def _sub_page(self):
-        texts = {"description": [self.item.description], "features": self.item.bullets}
+        description = [self.item.description] if self.item.description else []
+        texts = {"description": description, "features": self.item.bullets}
         return ["< Prev", *texts.get(self.page, [])]  # WebShop's code loads no reviews
 
     def admissible(self):
