@@ -862,23 +862,35 @@ TEMPLATE = """{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
-def embedded_policy(env, steps, noise, batch=24):
-    """A Qwen2 of 0.2 M parameters to start RL from, without a download: (model, tokenizer).
-
-    In each step it has imitated `batch` of `env`'s demonstrations, mistakes and all. Every word is
-    one token. The loss is of all tokens: from actions alone, it never learns to copy a name.
-    """
-    import torch
+def word_tokenizer(texts):
+    """The embedded policy's: each word of the texts is one token, if they fit into 4,096."""
     import transformers
-    from tqdm import tqdm
 
-    texts = (text for i in range(2000) for turn in env.demonstration(i, 0.5) for text in turn)
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     options = {"new_special_tokens": special, "show_progress": False}
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 4096, **options)
     tokenizer.eos_token = "<|end|>"
     tokenizer.chat_template = TEMPLATE
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def embedded_policy(env, steps, noise, batch=24):
+    """A Qwen2 of 0.2 M parameters to start RL from, without a download: (model, tokenizer).
+
+    In each step it has imitated `batch` of `env`'s demonstrations, mistakes and all. Every word is
+    one token. The loss is of all tokens: from actions alone, it never learns to copy a name.
+    An environment with slow episodes may name their number, `demonstrations`: with each noise so
+    many are played at most, and imitated again and again.
+    """
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    limit = getattr(env, "demonstrations", None)  # none: new ones without end
+    play = functools.cache(env.demonstration) if limit else env.demonstration
+    texts = (text for i in range(limit or 2000) for turn in play(i, 0.5) for text in turn)
+    tokenizer = word_tokenizer(texts)
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -895,7 +907,7 @@ def embedded_policy(env, steps, noise, batch=24):
     turn = "<|user|>{}<|end|><|assistant|>{}<|end|>"
     bar = tqdm(range(steps), desc="warm start", unit="step")
     for _ in bar:
-        episodes = [env.demonstration(rng.randrange(HELD_OUT), noise) for _ in range(batch)]
+        episodes = [play(rng.randrange(limit or HELD_OUT), noise) for _ in range(batch)]
         texts = ["".join(turn.format(*pair) for pair in turns) for turns in episodes]
         inputs = tokenizer(texts, padding=True, return_tensors="pt")  # (B, T), padded on the right
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
