@@ -88,6 +88,7 @@ def describe(expression, recorded, reply):
     if "error" in reply:
         outcome = f"failed ({reply['error']})"
     text = f"{expression} {outcome:.300}, expected {recorded['shown']}"
+    text = text.encode("ascii", "backslashreplace").decode()
     return re.sub(r"<\||\|>| at 0x[0-9a-f]+|[^ -~]", "", text)  # no special token, no address
 
 
@@ -115,7 +116,9 @@ def load(folder):
     held_out = [task for task in tasks if envs.is_held_out(task["function"])]
     training = [task for task in tasks if not envs.is_held_out(task["function"])]
     if not training or not held_out:
-        raise ValueError(f"{folder} has {len(training)} tasks to train on, {len(held_out)} held out")
+        raise ValueError(
+            f"{folder} has {len(training)} tasks to train on, {len(held_out)} held out"
+        )
     return packages["files"], packages["calls"], training, held_out
 
 

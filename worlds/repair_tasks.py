@@ -190,7 +190,7 @@ def written(value, module):
         name = getattr(value, "__name__", None)
         if callable(value) and vars(home).get(name) is value:
             return name if home is builtins else f"{home.__name__}.{name}"
-    text = repr(value)
+    text = ascii(value)
     if isinstance(value, types.FunctionType):
         return as_lambda(value)
     if type(value) is range:
