@@ -9,11 +9,14 @@ The verdict comes from calls that the package's own tests make, recorded on the 
 the calls enter the sandbox; their values stay in this process, so an edit can't forge a verdict.
 """
 
+import collections
 import functools
 import json
 import os
 import random
 import re
+import statistics
+import time
 from pathlib import Path
 
 import envs
@@ -151,10 +154,16 @@ class Repair(envs.TextEnv):
         task = self.rng.choice(self.training)
         if self.evaluation is not None:
             task = self.evaluated[self.evaluation % len(self.evaluated)]
+        self.begin(task)
+        return task["problem_statement"], task["repo"], task["function"]
+
+    def begin(self, task):
+        """Start an episode of a given task: its package, with its bug."""
+        self.turns = 0
+        self.success = self.done = False
         self.task = task
         self.files = dict(self.packages[task["repo"]])
         self.files[task["path"]] = break_at(self.files[task["path"]], *task["mutation"])
-        return task["problem_statement"], task["repo"], task["function"]
 
     def _observe(self, response):
         text = response.strip()
@@ -256,3 +265,35 @@ class Repair(envs.TextEnv):
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns
+
+
+def main():
+    """Print what the tasks are, which submissions solve them, and what actions cost."""
+    env = Repair()
+    for name, side in (("training", env.training), ("held out", env.evaluated)):
+        for repo in env.packages:
+            functions = [task["function"] for task in side if task["repo"] == repo]
+            print(f"{name}: {len(functions)} tasks in {len(set(functions))} functions of {repo}")
+    times = collections.defaultdict(list)
+    solved = collections.Counter()
+    tasks = env.training + env.evaluated
+    for task in tasks:
+        env.begin(task)
+        solved["nothing changed"] += env.step("submit")[4]["success"]
+        env.begin(task)
+        env.files[task["path"]] = ""
+        solved["an empty file"] += env.step("submit")[4]["success"]
+        env.begin(task)
+        for action in env.expert():
+            start = time.perf_counter()
+            info = env.step(action)[4]
+            times[action.split()[0]].append(1000 * (time.perf_counter() - start))
+        solved["gold"] += info["success"]
+    for name, count in solved.items():
+        print(f"{name}: {count} of {len(tasks)} tasks are solved")
+    for verb, values in times.items():
+        print(f"{verb}: median {statistics.median(values):.1f} ms, largest {max(values):.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

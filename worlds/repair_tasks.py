@@ -22,9 +22,11 @@ import multiprocessing
 import operator
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 import types
@@ -355,11 +357,54 @@ def build(folder, roots):
     (folder / "tasks.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+# ---------------------------------------------------------------- a comparison
+def own_tests_pass(root, path, text):
+    """Whether a package's own tests pass, within a minute, with a file changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(root, folder, dirs_exist_ok=True)
+        Path(folder, path).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-B", "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+        command += ["-c", os.devnull, "--rootdir", folder]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        options = {"cwd": folder, "env": environment, "capture_output": True, "timeout": 60}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(command, **options).returncode == 0
+    return False
+
+
+def compare(folder, count):
+    """Print how many of `count` bugs of each package its own tests notice, and the calls."""
+    packages, all_calls, _, _ = repair.load(str(folder))
+    sandbox = envs.Sandbox(workers=1)
+    for name, files in packages.items():
+        calls = all_calls[name]
+        root = folder / f"{name}-{SDISTS[name][0]}"
+        found = [bug for path, text in files.items() for bug in bugs(path, text)]
+        by_tests = by_calls = by_two = 0
+        for bug in random.Random(0).sample(found, count):
+            text = repair.break_at(files[bug.path], *bug[3:])
+            if own_tests_pass(root, bug.path, text):
+                continue
+            by_tests += 1
+            replies = repair.run_calls(sandbox, {**files, bug.path: text}, list(calls))
+            wrong = sum(not repair.is_right(calls[e], reply) for e, reply in zip(calls, replies))
+            by_calls += wrong > 0
+            by_two += wrong > 1
+        print(f"{name}: {by_tests} of {count} bugs break its tests; of these ", end="")
+        print(f"{by_calls} change a recorded call, {by_two} two or more")
+    sandbox.close()
+
+
 def main():
-    """Fetch the packages into a folder, and make its tasks."""
+    """Fetch the packages into a folder, and make its tasks; or compare them to the own tests."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", nargs="?", default=repair.FOLDER)
-    folder = Path(parser.parse_args().folder).expanduser().absolute()
+    parser.add_argument("--compare", type=int, default=0, help="this many bugs of each package")
+    args = parser.parse_args()
+    folder = Path(args.folder).expanduser().absolute()
+    if args.compare:
+        compare(folder, args.compare)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     versions = {name: version for name, (version, _) in SDISTS.items()}

@@ -355,10 +355,8 @@ FORGERIES = {
 
 def submit(env, task, hack, folder):
     """Submit a task with a program on top of its broken file; None empties the file. Solved?"""
-    env.reset(seed=0)
-    env.task = task
-    env.files = dict(env.packages[task["repo"]])
-    broken = repair.break_at(env.files[task["path"]], *task["mutation"])
+    env.begin(task)
+    broken = env.files[task["path"]]
     text = "" if hack is None else FORGE + hack.replace("FOLDER", repr(folder)) + "\n" + broken
     env.files[task["path"]] = text
     _, reward, terminated, truncated, info = env.step("submit")
