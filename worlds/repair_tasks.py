@@ -201,8 +201,24 @@ def written(value, module):
         return text if ast.literal_eval(text) == value else None
 
 
+def recorder(attribute, function, module, found):
+    """The function, which adds its calls from a test file to `found`, as source text."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        texts = [written(value, module) for value in args]
+        named = [(key, written(value, module)) for key, value in kwargs.items()]
+        from_test = "test" in Path(sys._getframe(1).f_code.co_filename).name
+        if from_test and None not in [*texts, *dict(named).values()]:
+            texts += [f"{key}={text}" for key, text in named]
+            found[f"{module.__name__}.{attribute}({', '.join(texts)})"] = True
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 def record(root, name):
-    """Run a package's tests; the calls of its public functions, as source text, each once.
+    """Run a package's tests; their calls of its public functions, as source text, each once.
 
     It changes modules and the search path: call it in a process of its own.
     """
@@ -212,32 +228,15 @@ def record(root, name):
     os.chdir(root)
     module = importlib.import_module(name)
     found = {}
-
-    def recorder(attribute, function):
-        @functools.wraps(function)
-        def wrapped(*args, **kwargs):
-            texts = [written(value, module) for value in args]
-            named = {key: written(value, module) for key, value in kwargs.items()}
-            direct = "test" in Path(sys._getframe(1).f_code.co_filename).name
-            if direct and None not in [*texts, *named.values()]:
-                texts += [f"{key}={text}" for key, text in named.items()]
-                found[f"{name}.{attribute}({', '.join(texts)})"] = True
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    public = {
-        attribute: value
+    wrapped = {  # by the identity of what they stand for
+        id(value): recorder(attribute, value, module, found)
         for attribute, value in vars(module).items()
         if isinstance(value, types.FunctionType) and not attribute.startswith("_")
     }
-    homes = [m for key, m in sys.modules.items() if key.split(".")[0] == name]
-    for attribute, function in public.items():
-        wrapped = recorder(attribute, function)
-        for home in homes:
-            for alias, value in list(vars(home).items()):
-                if value is function:
-                    setattr(home, alias, wrapped)
+    homes = [home for key, home in sys.modules.items() if key.partition(".")[0] == name]
+    for home in homes:
+        for attribute, value in list(vars(home).items()):
+            setattr(home, attribute, wrapped.get(id(value), value))
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(root)])
     return [call for call in found if len(call) <= LONGEST_CALL]

@@ -33,7 +33,7 @@ def clamp(x, low=0, high=10):
 def wrap(x, size):
     if size == 0:
         return x
-    return x % size + 1
+    return clamp(x % size + 1, 0, 99)
 
 
 def pairs(values):
@@ -168,15 +168,17 @@ def test_tasks_say_which_calls_a_bug_changes(env, tmp_path):
     for task in tasks[:12]:
         files = dict(env.packages["toy"])
         files[task["path"]] = repair.break_at(files[task["path"]], *task["mutation"])
-        broken = dict(zip(calls, evaluate(tmp_path, files, calls)))
-        wrong = {call for call, value in zip(calls, healthy) if broken[call] != value}
+        broken = evaluate(tmp_path, files, calls)
+        wrong = {call for call, a, b in zip(calls, broken, healthy) if a != b}
         shown = set(task["FAIL_TO_PASS"])
         assert shown <= wrong and len(shown) == min(len(wrong), repair_tasks.MOST_CALLS)
         assert task["PASS_TO_PASS"] and wrong.isdisjoint(task["PASS_TO_PASS"])
         first = task["problem_statement"].splitlines()[1]
         call = next(call for call in shown if first.startswith(call))
-        assert first.endswith(f"expected {dict(zip(calls, healthy))[call]}")
-        assert broken[call] in first and call == task["FAIL_TO_PASS"][0]
+        values = [dict(zip(calls, found))[call] for found in (broken, healthy)]
+        gave, expected = (v.encode("ascii", "backslashreplace").decode() for v in values)
+        assert first.endswith(f"expected {expected}")
+        assert gave in first and call == task["FAIL_TO_PASS"][0]
         assert task["path"] not in task["problem_statement"]
 
 
