@@ -301,7 +301,7 @@ def test_expected_values_stay_in_this_process(env, monkeypatch):
         assert len(value) < 4 or value not in sent[0]
 
 
-# Each is put at the top of a file with a bug, or in place of the body of a function with one.
+# Each is put at the end of a file with a bug, after these.
 FORGE = """
 def _forge(values):
     import json, os
@@ -320,7 +320,8 @@ FORGERIES = {
     "leaves in the end": "import atexit, os; atexit.register(os._exit, 0)",
     "prints": "print('all calls are right'); print('{\"value\": 1}')",
     "writes a verdict": "_forge([{'success': True, 'value': True, 'passed': True}] * 60)",
-    "writes values": "_forge([{'value': None}] * 60)",
+    "writes values": "_forge([{'value': None} for frame in _frames() "
+    "for call in frame.f_locals.get('calls', [])])",
     "writes too much": "import os\nwhile True: os.write(3, b'{\"value\": 1}\\n' * 1000)",
     "walks frames for values": "_forge([{'value': call} for frame in _frames() "
     "for call in frame.f_locals.get('calls', [])])",
@@ -328,9 +329,9 @@ FORGERIES = {
     "for o in gc.get_objects() if type(o) is dict and 'value' in o and 'shown' in o])",
     "rewrites the calls": "for frame in _frames():\n"
     "    if 'calls' in frame.f_locals: frame.f_locals['calls'].clear()",
-    "is equal to all": "class _Equal:\n    def __eq__(self, other): return True\n"
+    "is equal to all": "class _Equal(str):\n    def __eq__(self, other): return True\n"
     "    __hash__ = None\n    def __repr__(self): return '1'\n"
-    "def __getattr__(name): return lambda *a, **k: _Equal()",
+    "for name in list(globals()):\n    globals()[name] = lambda *a, **k: _Equal()",
     "patches builtins": "import builtins\nbuiltins.type = lambda *a: int\n"
     "builtins.all = lambda *a: True\nbuiltins.repr = lambda *a: '1'",
     "patches json": "import json\njson.dumps = lambda *a, **k: '{\"value\": 1}'",
@@ -343,10 +344,10 @@ FORGERIES = {
     "sys.path.append(FOLDER)\nname = __name__.split('.')[0]\n"
     "del sys.modules[name]\nsys.modules[name] = __import__(name)",
     "reads the recorded values": "import json\n"
-    "packages = json.load(open(FOLDER + '/packages.json'))",
-    "reads its parent": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+    "packages = json.load(open(FOLDER + '/../packages.json'))",
+    "reads other processes": "import os\nfor process in os.listdir('/proc'):\n"
+    "    open(f'/proc/{process}/mem', 'rb')",
     "loops": "while True: pass",
-    "sleeps": "import time; time.sleep(99)",
     "takes all memory": "x = [bytearray(2**20) for _ in range(2000)]",
     "floods the output": "print('x' * 10**8)",
     "recurses": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
@@ -356,10 +357,10 @@ FORGERIES = {
 
 
 def submit(env, task, hack, folder):
-    """Submit a task with a program on top of its broken file; None empties the file. Solved?"""
+    """Submit a task with a program below its broken file; None empties the file. Solved?"""
     env.begin(task)
     broken = env.files[task["path"]]
-    text = "" if hack is None else FORGE + hack.replace("FOLDER", repr(folder)) + "\n" + broken
+    text = "" if hack is None else broken + FORGE + hack.replace("FOLDER", repr(folder))
     env.files[task["path"]] = text
     _, reward, terminated, truncated, info = env.step("submit")
     assert terminated and not truncated and not info["invalid"]
