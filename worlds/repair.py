@@ -22,6 +22,7 @@ from pathlib import Path
 import envs
 
 FOLDER = os.environ.get("REPAIR_DATA", "~/.cache/aem/repair")
+LISTS = ("FAIL_TO_PASS", "PASS_TO_PASS")
 MOST_LINES = 40  # of a window
 MOST_HITS = 20  # of a search
 MOST_CHARACTERS = 3000  # of an observation
@@ -126,7 +127,7 @@ def load(folder):
 
 
 class Repair(envs.TextEnv):
-    """Find and mend one small bug in a package, of which one call that goes wrong is told.
+    """Find and mend the one small bug of a package; two calls that go wrong are told.
 
     The calls of FAIL_TO_PASS go wrong because of the bug, those of PASS_TO_PASS don't. `test` runs
     a third of both; the task is solved if all are right on `submit`. Held-out tasks have their bugs
@@ -226,10 +227,12 @@ class Repair(envs.TextEnv):
     def _judge(self, expressions):  # [a sentence for each call that goes wrong]
         calls = self.calls[self.task["repo"]]
         replies = run_calls(self.sandbox, self.files, expressions)
-        pairs = [
-            (e, reply) for e, reply in zip(expressions, replies) if not is_right(calls[e], reply)
-        ]
-        return [describe(e, calls[e], reply) for e, reply in pairs]
+        wrong = []
+        for expression, reply in zip(expressions, replies):
+            recorded = calls[expression]
+            if not is_right(recorded, reply):
+                wrong.append(describe(expression, recorded, reply))
+        return wrong
 
     def _test(self):
         expressions = [e for name in LISTS for e in public_of(self.task[name])]
@@ -254,14 +257,12 @@ class Repair(envs.TextEnv):
         """The expert's episode, [(observation, action)]; it looks elsewhere with chance `noise`."""
         rng = random.Random(f"demonstration/{seed}")
         observation, _ = self.reset(seed=seed)
+        glances = ["list", "test", "search return", f"open {self.task['path']} 1 20"]
+        actions = self.expert()
+        while rng.random() < noise and len(actions) < self.max_turns:
+            actions.insert(rng.randrange(len(actions)), rng.choice(glances))
         turns = []
-        for action in self.expert():
-            while rng.random() < noise and len(turns) < self.max_turns - 5:
-                glance = rng.choice(
-                    ["list", "test", "search return", f"open {self.task['path']} 1 20"]
-                )
-                turns.append((observation, glance))
-                observation = self.step(glance)[0]
+        for action in actions:
             turns.append((observation, action))
             observation = self.step(action)[0]
         return turns

@@ -323,16 +323,19 @@ def make_tasks(sandbox, name, version, files, calls):
     random.Random(name).shuffle(rows)
     kept = {}
     count = collections.Counter()
+    by_stub = 0
     for row in rows:
         function = row["function"]
         tests = {*row["FAIL_TO_PASS"], *row["PASS_TO_PASS"]}
         trivial = any(tests <= right for right in passing[function])
+        by_stub += trivial
         if trivial or row["problem_statement"] in kept or count[function] == MOST_TASKS:
             continue
         kept[row["problem_statement"]] = row
         count[function] += 1
-    print(f"{name}: {len(found)} bugs, {len(rows)} of them noticed by 2 calls or more, ", end="")
-    print(f"{len(kept)} tasks in {len(count)} functions, {len(calls)} calls")
+    print(f"{name}: {len(calls)} calls; {len(found)} bugs, ", end="")
+    print(f"{len(rows)} of them noticed by some calls, 2 or more, but not by all; ", end="")
+    print(f"a stub solves {by_stub}; {len(kept)} tasks in {len(count)} functions")
     return list(kept.values())
 
 
