@@ -294,10 +294,11 @@ def task_of(bug, name, version, number, files, calls, replies):
     return row | {"patch": "".join(diff)}
 
 
-def solved_by_stubs(sandbox, files, calls):
-    """For each function, the sets of calls that are right when its body is a stub."""
+def solved_by_stubs(sandbox, files, calls, functions):
+    """For each of some functions, the sets of calls that are right when its body is a stub."""
     found = collections.defaultdict(list)
     sources = [(path, *pair) for path, text in files.items() for pair in stubs(path, text)]
+    sources = [source for source in sources if source[1] in functions]
     changed = [{**files, path: text} for path, _, text in sources]
     for (_, function, _), replies in zip(sources, run_all(sandbox, changed, calls)):
         pairs = zip(calls, replies)
@@ -311,32 +312,35 @@ def run_all(sandbox, versions, calls):
         yield from pool.map(lambda files: repair.run_calls(sandbox, files, list(calls)), versions)
 
 
+def suitable(rows, passing):
+    """The rows whose statements differ, MOST_TASKS of a function, and that no stub solves."""
+    kept = {}
+    count = collections.Counter()
+    for row in rows:
+        tests = {*row["FAIL_TO_PASS"], *row["PASS_TO_PASS"]}
+        by_stub = any(tests <= right for right in passing[row["function"]])
+        known = row["problem_statement"] in kept
+        if not by_stub and not known and count[row["function"]] < MOST_TASKS:
+            kept[row["problem_statement"]] = row
+            count[row["function"]] += 1
+    return list(kept.values())
+
+
 def make_tasks(sandbox, name, version, files, calls):
-    """The tasks of a package: symptoms differ, and no stub of a function solves them."""
+    """The tasks of a package, in random order."""
     found = [bug for path, text in files.items() for bug in bugs(path, text)]
     changed = [{**files, bug.path: repair.break_at(files[bug.path], *bug[3:])} for bug in found]
     rows = []
     for number, replies in enumerate(run_all(sandbox, changed, calls)):
         row = task_of(found[number], name, version, number, files, calls, replies)
         rows += [row] if row else []
-    passing = solved_by_stubs(sandbox, files, calls)
     random.Random(name).shuffle(rows)
-    kept = {}
-    count = collections.Counter()
-    by_stub = 0
-    for row in rows:
-        function = row["function"]
-        tests = {*row["FAIL_TO_PASS"], *row["PASS_TO_PASS"]}
-        trivial = any(tests <= right for right in passing[function])
-        by_stub += trivial
-        if trivial or row["problem_statement"] in kept or count[function] == MOST_TASKS:
-            continue
-        kept[row["problem_statement"]] = row
-        count[function] += 1
-    print(f"{name}: {len(calls)} calls; {len(found)} bugs, ", end="")
-    print(f"{len(rows)} of them noticed by some calls, 2 or more, but not by all; ", end="")
-    print(f"a stub solves {by_stub}; {len(kept)} tasks in {len(count)} functions")
-    return list(kept.values())
+    passing = solved_by_stubs(sandbox, files, calls, {row["function"] for row in rows})
+    tasks = suitable(rows, passing)
+    count = len({task["function"] for task in tasks})
+    print(f"{name}: {len(calls)} calls; {len(found)} bugs, {len(rows)} of them noticed by ", end="")
+    print(f"2 calls or more, but not by all; {len(tasks)} tasks in {count} functions")
+    return tasks
 
 
 def build(folder, roots):
