@@ -44,6 +44,7 @@ SDISTS = {  # (version, SHA-256) of the source archive on PyPI, which holds the 
 LONGEST_CALL = 200  # characters of a call's source text
 STABLE_RUNS = 8  # each in a process of its own: whatever depends on hashes differs
 MOST_TASKS = 12  # of one function
+MOST_OF_KIND = 3  # among these, of one kind
 MOST_CALLS = 30  # in FAIL_TO_PASS, and in PASS_TO_PASS
 STUBS = ("return None", "return True", "return False", "return 0", "return ''", "return []")
 
@@ -149,14 +150,15 @@ def offsets(source):
 
 
 def bugs(path, source):
-    """All one-place bugs in the bodies of a file's functions, in the order of the file."""
+    """All one-place bugs in the bodies of a file's functions, in the order of the file.
+
+    Parentheses stay as they were. Where a block loses its only statement, Python will not compile.
+    """
     offset = offsets(source)
     for name, function in functions(ast.parse(source)):
         for node in (below for statement in function.body for below in nodes_below(statement)):
             for kind, mutant in mutants(node):
-                new = ast.unparse(mutant)
-                if isinstance(node, ast.expr) and not isinstance(node, ast.Constant):
-                    new = f"({new})"
+                new = "" if isinstance(mutant, ast.Pass) else ast.unparse(mutant)
                 start = offset(node.lineno, node.col_offset)
                 end = offset(node.end_lineno, node.end_col_offset)
                 if ast.unparse(node) != ast.unparse(mutant):
@@ -313,16 +315,19 @@ def run_all(sandbox, versions, calls):
 
 
 def suitable(rows, passing):
-    """The rows whose statements differ, MOST_TASKS of a function, and that no stub solves."""
+    """The rows whose statements differ, so many of a function, and that no stub solves."""
     kept = {}
     count = collections.Counter()
     for row in rows:
+        function = row["function"]
+        kind = (function, row["kind"])
         tests = {*row["FAIL_TO_PASS"], *row["PASS_TO_PASS"]}
-        by_stub = any(tests <= right for right in passing[row["function"]])
-        known = row["problem_statement"] in kept
-        if not by_stub and not known and count[row["function"]] < MOST_TASKS:
+        by_stub = any(tests <= right for right in passing[function])
+        full = count[function] == MOST_TASKS or count[kind] == MOST_OF_KIND
+        if not by_stub and not full and row["problem_statement"] not in kept:
             kept[row["problem_statement"]] = row
-            count[row["function"]] += 1
+            count[function] += 1
+            count[kind] += 1
     return list(kept.values())
 
 

@@ -403,14 +403,14 @@ def test_bugs_are_small_and_in_functions():
     )
     found = list(repair_tasks.bugs("m.py", source))
     assert {(bug.old, bug.new) for bug in found} == {
-        ("é = x < 1 and not x", "pass"),
-        ("x < 1 and not x", "(x < 1 or not x)"),
-        ("x < 1 and not x", "(x < 1)"),
-        ("x < 1", "(x <= 1)"),
+        ("é = x < 1 and not x", ""),
+        ("x < 1 and not x", "x < 1 or not x"),
+        ("x < 1 and not x", "x < 1"),
+        ("x < 1", "x <= 1"),
         ("1", "2"),
-        ("not x", "(x)"),
+        ("not x", "x"),
         ('return f"{1 + x}" if é else é', "return None"),
-        ('f"{1 + x}" if é else é', "(é if é else f'{1 + x}')"),
+        ('f"{1 + x}" if é else é', "é if é else f'{1 + x}'"),
     }
     for bug in found:
         assert bug.function == "m.py:f" and source[bug.start :].startswith(bug.old)
