@@ -1,7 +1,7 @@
 """Makes the tasks of worlds/repair.py: fetches packages, breaks them, records calls that notice.
 
     python -m worlds.repair_tasks [FOLDER]      # default: $REPAIR_DATA, or ~/.cache/aem/repair
-    python -m worlds.repair_tasks --compare 60  # how many bugs the calls notice, and the own tests
+    python -m worlds.repair_tasks --compare 40  # how many bugs the calls notice, and the own tests
 
 The packages' code and tests run here with all rights: their archives are pinned by hash.
 """
@@ -255,7 +255,8 @@ def recorded(name, files, expressions):
     for expression, first, *others in zip(expressions, *runs):
         stable = all(reply == first for reply in others) and "value" in first
         text = json.dumps(first)
-        if stable and " at 0x" not in text and time.strftime("%Y") not in text:
+        passing = [" at 0x", time.strftime("%Y")]  # an address, this year
+        if stable and not any(word in text for word in passing):
             found[expression] = first
     return found
 
@@ -417,9 +418,12 @@ def main():
         compare(folder, args.compare)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    fetch(folder)
-    versions = {name: version for name, (version, _) in SDISTS.items()}
-    build(folder, {name: (v, folder / f"{name}-{v}") for name, v in versions.items()})
+    try:
+        fetch(folder)
+        versions = {name: version for name, (version, _) in SDISTS.items()}
+        build(folder, {name: (v, folder / f"{name}-{v}") for name, v in versions.items()})
+    except (RuntimeError, OSError) as error:  # no network, no sandbox, no room
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
