@@ -16,6 +16,7 @@ import os
 import random
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -270,7 +271,10 @@ class Repair(envs.TextEnv):
 
 def main():
     """Print what the tasks are, which submissions solve them, and what actions cost."""
-    env = Repair()
+    try:
+        env = Repair()
+    except (FileNotFoundError, envs.SandboxError) as error:
+        sys.exit(f"error: {error}")
     for name, side in (("training", env.training), ("held out", env.evaluated)):
         for repo in env.packages:
             functions = [task["function"] for task in side if task["repo"] == repo]
