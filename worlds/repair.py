@@ -202,11 +202,13 @@ class Repair(envs.TextEnv):
         return "\n".join(hits[:MOST_HITS] + more) or "Nothing is found."
 
     def _open(self, path, first, last):
-        lines = self.files.get(path, "").splitlines()
+        if path not in self.files:
+            return f"There is no {path}.", True
+        lines = self.files[path].splitlines()
         first = max(first, 1)
         window = lines[first - 1 : min(last, first + MOST_LINES - 1)]
         if not window:
-            return f"{path} has {len(lines)} lines." if lines else f"There is no {path}.", True
+            return f"{path} has {len(lines)} lines.", True
         return "\n".join(f"{n}\t{line}" for n, line in enumerate(window, first)), False
 
     def _edit(self, text):
