@@ -441,13 +441,13 @@ def test_real_packages():
     env = repair.Repair()
     tasks = env.training + env.evaluated
     assert set(env.packages) == set(repair_tasks.SDISTS) and len(tasks) >= 150
+    slow = {"loops", "recurses", "takes all memory", "floods the output", "writes too much"}
     for name in env.packages:
         task = next(task for task in tasks if task["repo"] == name)
-        root = f"{Path(repair.FOLDER).expanduser()}/{name}-{task['version']}"
-        for seed in (seed for seed in range(99) if env.reset(seed=seed)[1]["task_type"] == name):
-            env.demonstration(seed)
-            assert env.success
-            break
-        for forgery in FORGERIES.values():
-            if "while True" not in (forgery or ""):
-                assert not submit(env, task, forgery, root)
+        env.begin(task)
+        for action in env.expert():
+            env.step(action)
+        assert env.success
+        root = Path(repair.FOLDER).expanduser() / f"{name}-{task['version']}"
+        for forgery in FORGERIES.keys() - slow:
+            assert not submit(env, task, FORGERIES[forgery], str(root)), forgery
