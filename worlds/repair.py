@@ -139,7 +139,8 @@ class Repair(envs.TextEnv):
         "A Python package has one small bug. Find it, mend it, and submit. Actions: list; "
         "search TEXT; open FILE FIRST LAST (line numbers); test; submit. An edit replaces lines "
         "that occur once in a file:\nedit FILE\n<<<<<<< SEARCH\nold lines\n=======\nnew lines\n"
-        ">>>>>>> REPLACE\nTests that you don't see decide. Reply with one action and nothing else."
+        ">>>>>>> REPLACE\nTests that you don't see decide. Reply with one action and nothing else, "
+        "like: search def parse"
     )
     max_turns = 15
     max_response_tokens = 256
