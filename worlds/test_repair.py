@@ -212,7 +212,7 @@ def test_tasks_differ_and_sides_share_no_function(env):
 
 def test_the_expert_solves_and_a_seed_is_an_episode(env, folder):
     other = repair.Repair(folder=folder)
-    for seed in [*range(8), *range(envs.HELD_OUT, envs.HELD_OUT + 3)]:
+    for seed in [0, 1, 2, envs.HELD_OUT, envs.HELD_OUT + 1]:
         turns = env.demonstration(seed)
         assert env.success and len(turns) == 5
         assert other.demonstration(seed) == turns
