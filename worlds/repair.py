@@ -57,9 +57,6 @@ def call(expression):
 """
 
 
-LISTS = ("FAIL_TO_PASS", "PASS_TO_PASS")
-
-
 def break_at(text, start, old, new):
     """A healthy source with its bug: `new` in place of `old`."""
     return text[:start] + new + text[start + len(old) :]
