@@ -331,7 +331,8 @@ FORGERIES = {
     "    if 'calls' in frame.f_locals: frame.f_locals['calls'].clear()",
     "is equal to all": "class _Equal(str):\n    def __eq__(self, other): return True\n"
     "    __hash__ = None\n    def __repr__(self): return '1'\n"
-    "for name in list(globals()):\n    globals()[name] = lambda *a, **k: _Equal()",
+    "for name in [n for n in globals() if not n.startswith('_')]:\n"
+    "    globals()[name] = lambda *a, equal=_Equal(), **k: equal",
     "patches builtins": "import builtins\nbuiltins.type = lambda *a: int\n"
     "builtins.all = lambda *a: True\nbuiltins.repr = lambda *a: '1'",
     "patches json": "import json\njson.dumps = lambda *a, **k: '{\"value\": 1}'",
