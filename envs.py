@@ -853,6 +853,8 @@ def make(name, **kwargs):
         raise ValueError(f"cannot make environment {name!r}: {why}") from error
     try:
         return Gem(maker(rest, **kwargs)) if module == "gem" else maker(**kwargs)
+    except (ImportError, FileNotFoundError) as error:  # something to install, or to fetch
+        raise ValueError(f"cannot make environment {name!r}: {error}") from error
     except Exception as error:  # in its own code
         raise ValueError(f"cannot make environment {name!r}:\n{traceback.format_exc()}") from error
 

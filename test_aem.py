@@ -2578,6 +2578,9 @@ def test_make_names_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="(?s)my_world:World.*line 2.*ZeroDivision") as error:
         envs.make("my_world:World", x=0)
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+    (tmp_path / "bare.py").write_text("class World:\n  def __init__(self): open('no.jsonl')")
+    with pytest.raises(ValueError, match="^cannot make environment 'bare:World': .*no.jsonl'$"):
+        envs.make("bare:World")
 
 
 class Scripted:
