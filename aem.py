@@ -21,6 +21,7 @@ V vocabulary. Entropies, surprisals and log-probs are in nats, at the sampling t
 
 import atexit
 import datetime
+import gc
 import hashlib
 import inspect
 import json
@@ -124,7 +125,7 @@ class Estimator:
     compact_filtering: bool = False  # don't train on trajectories that hit a limit
     step_weight: float = 0.0  # w in A = A_episode + w A_step
     gamma: float = 0.95  # discount of the returns in A_step
-    statistics: str = "trajectories"  # of a group, that mean and std run over; or its 'turns'
+    statistics: str = "trajectories"  # that a group's mean and std run over; or 'turns'
     dual_clip: float = math.inf  # c: where A < 0, a token's loss is -A c at most
     kl: float = 0.0  # weight of the KL divergence (k3) from the starting policy
     entropy_bonus: float = 0.0  # weight of the tokens' entropies, taken off the loss
@@ -212,7 +213,7 @@ def clipped_loss(logp, old_logp, advantage, clip_low, clip_high, dual_clip=math.
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
-    capped = torch.minimum(loss, -advantage * dual_clip)
+    capped = torch.minimum(loss, -advantage * dual_clip)  # subtle: NaN where A = 0, not taken
     return torch.where(advantage < 0, capped, loss), clipped > unclipped
 
 
@@ -257,7 +258,7 @@ class Config:
     estimator: Literal[tuple(ESTIMATORS)] = flag("grpo", "base advantage A, and its loss")
     max_resample: int = flag(20, "DAPO: draws at most to replace groups of equal rewards; or 0")
     recipe: Literal["plain", "verl_agent"] = flag(
-        "plain", "the estimator as in its paper, or there"
+        "plain", "as in its paper, or verl-agent's scripts"
     )
     kl_coef: float | None = flag(None, "KL (k3) from the starting policy; by default the recipe's")
     # rollout
@@ -303,9 +304,11 @@ class Config:
         rule = ESTIMATORS[self.estimator]
         if self.recipe == "verl_agent":
             rule = verl_agent(rule)
-        kl = rule.kl if self.kl_coef is None else self.kl_coef
-        minibatches = rule.minibatches if self.minibatches is None else self.minibatches
-        return replace(rule, kl=kl, minibatches=minibatches)
+        if self.kl_coef is not None:
+            rule = replace(rule, kl=self.kl_coef)
+        if self.minibatches is not None:
+            rule = replace(rule, minibatches=self.minibatches)
+        return rule
 
     def check(self):
         """Raises UsageError for what can't work. Settles paths, time limit, device and dtype."""
@@ -313,10 +316,9 @@ class Config:
             least = AT_LEAST.get(name, 0)
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UsageError(f"--{name} must be at least {least} and finite, not {value}")
-        if self.dataset and (self.env != "code" or self.model == "tiny"):
-            raise UsageError(
-                "--dataset needs --env code and a --model: 'tiny' knows its tasks only"
-            )
+        if self.dataset and (self.env != "code" or self.model == "tiny" or self.warm_steps):
+            needs = "--dataset needs --env code and a --model, without --warm_steps"
+            raise UsageError(f"{needs}: only the embedded tasks have demonstrations")
         for name, package in (("lora_rank", "peft"), ("wandb", "wandb")):
             if getattr(self, name) and find_spec(package) is None:
                 raise UsageError(f"--{name} needs a further package: pip install {package}")
@@ -326,6 +328,8 @@ class Config:
                 raise UsageError(f"--{name} {path}: this user has no home folder, choose another")
             if name != "model" or os.path.isdir(path):
                 setattr(self, name, os.path.abspath(path))
+        self.kl_coef = self.rule.kl
+        self.minibatches = self.rule.minibatches
         if self.warm_steps is None:
             self.warm_steps = 1000 if self.model == "tiny" else 0
         if self.env_timeout is None:
@@ -518,12 +522,18 @@ def checkpoint_layers(model):
             layer.forward = partial(recomputed, layer.forward)
 
 
+def source_of(path):
+    """The folder that holds a model's files: a run has them in checkpoint/."""
+    folder = Path(path).expanduser()
+    return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+
+
 def load_policy(cfg, path):
     """A policy from a hub id, a folder, or an earlier run's folder. Raises UsageError."""
-    folder = Path(path).expanduser()
-    if str(path).startswith((".", "/", "~")) and not folder.is_dir():
+    source = source_of(path)
+    if str(path).startswith((".", "/", "~")) and not source.is_dir():
         raise UsageError(f"--model {path}: there is no such folder")
-    source = next((f for f in (folder / "checkpoint", folder) if f.is_dir()), path)
+    source = source if source.is_dir() else path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         chat_frame(tokenizer)  # a missing template shows before gigabytes are read
@@ -556,24 +566,32 @@ def warm_start(env, cfg):
     sources = [inspect.getsource(module) for module in (inspect.getmodule(type(env)), envs)]
     settings = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, torch.__version__]
     if cfg.model != "tiny":
-        settings += [cfg.model, cfg.warm_lr, cfg.lora_rank, cfg.dtype, cfg.groups, cfg.group_size]
-        settings += [cfg.temperature, cfg.max_length, cfg.action_tag, file_sizes(Path(cfg.model))]
+        sources += [inspect.getsource(function) for function in (imitate, demonstrated, begin)]
+        settings += [cfg.model, cfg.warm_lr, cfg.dtype, cfg.groups, cfg.group_size, cfg.date]
+        settings += [cfg.temperature, cfg.max_length, cfg.max_response_tokens, cfg.action_tag]
+        settings += [cfg.lora_rank, cfg.lora_rank and cfg.seed]  # of the adapters' first weights
+        settings += [[f.name, f.stat().st_mtime_ns] for f in sorted(source_of(cfg.model).glob("*"))]
     key = hashlib.sha256(json.dumps(settings + sources).encode()).hexdigest()[:16]
     folder = Path(cfg.cache_dir) / key
     sizes = folder / "sizes.json"  # of its files: one that was cut short later on is noticed
     if not sizes.exists() or sizes.read_text() != file_sizes(folder):
         unfinished = folder.with_suffix(f".{os.getpid()}")
         unfinished.mkdir(parents=True, exist_ok=True)  # shows now if it can't be written
-        if cfg.model == "tiny":
-            parts = envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise)
-        else:
-            parts = imitate(load_policy(cfg, cfg.model), env, cfg)
-        for part in parts:
-            with written(unfinished):
-                part.save_pretrained(unfinished)
-        (unfinished / "sizes.json").write_text(file_sizes(unfinished))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)  # complete, or not there at all
+        try:
+            if cfg.model == "tiny":
+                parts = envs.embedded_policy(env, cfg.warm_steps, cfg.warm_noise)
+            else:
+                parts = imitate(load_policy(cfg, cfg.model), env, cfg)
+            for part in parts:
+                with written(unfinished):
+                    part.save_pretrained(unfinished)
+            (unfinished / "sizes.json").write_text(file_sizes(unfinished))
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)  # complete, or not there at all
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        del parts
+        gc.collect()  # a policy refers to itself: its weights would stay beside the next one's
     return folder
 
 
@@ -873,11 +891,27 @@ def make_environments(cfg, count=None):
     return environments
 
 
+REMEDIES = (
+    "trajectories.txt shows what the policy says. Where it hardly solves anything, let it imitate "
+    "first (--warm_steps, if the environment has demonstrations), list what it may do (as --env "
+    "household-guided), name a format (--action_tag), or begin with easier tasks."
+)
+
+
 def overlong_penalty(t, cfg):
     """DAPO's soft penalty, 0 to 1: linear over the last share of the longest response."""
     share = cfg.rule.overlong
     longest = max((len(r.logp) for r in t.responses), default=0) / cfg.max_response_tokens
     return (longest - 1 + share) / share if longest > 1 - share else 0.0
+
+
+def episode_reward(t, rule):
+    """Reward of a trajectory; without penalties for invalid actions, if statistics run over turns,
+    as these are taken off their own turns then. Source of the latter: verl-agent.
+    """
+    if rule.statistics == "trajectories":
+        return t.reward - t.penalty
+    return sum(r.reward for r in t.responses if not r.invalid) - t.penalty
 
 
 def sample_batch(policy, environments, cfg, step):
@@ -898,7 +932,7 @@ def sample_batch(policy, environments, cfg, step):
             t.penalty = overlong_penalty(t, cfg)
         for i in range(0, len(drawn), cfg.group_size):
             group = drawn[i : i + cfg.group_size]
-            rewards = [t.reward - t.penalty for t in group if not t.error]
+            rewards = [episode_reward(t, cfg.rule) for t in group if not t.error]
             if draws == 0 or (rewards and vary(torch.tensor(rewards).double())):
                 kept += group
         sampled += drawn
@@ -907,7 +941,7 @@ def sample_batch(policy, environments, cfg, step):
             return kept, sampled
     found = f"{len(kept) // cfg.group_size} of {len(sampled) // cfg.group_size} groups"
     remedy = f"--groups {cfg.groups} are needed: raise --max_resample, or use 0 to train on all"
-    raise UsageError(f"at step {step} rewards vary in only {found}, {remedy}")
+    raise UsageError(f"at step {step} rewards vary in only {found}, {remedy}. {REMEDIES}")
 
 
 # ------------------------------------------------------------------------------ 5. update
@@ -924,11 +958,12 @@ def assign_credit(trajectories, cfg):
     turns = torch.tensor([len(t.responses) for t in trajectories])
     trained = torch.tensor([not t.masked for t in trajectories]).repeat_interleave(turns)
     if rule.statistics == "turns":
-        rewards = torch.tensor(turn_rewards(trajectories), dtype=torch.float64)  # (R,)
+        rewards = torch.tensor(turn_rewards(trajectories, rule), dtype=torch.float64)  # (R,)
         of_turn = torch.tensor(group).repeat_interleave(turns)  # (N,) -> (R,)
         advantages = group_advantages(rewards, of_turn, rule.advantage)
     else:
-        rewards = torch.tensor([t.reward - t.penalty for t in trajectories], dtype=torch.float64)
+        rewards = [episode_reward(t, rule) for t in trajectories]
+        rewards = torch.tensor(rewards, dtype=torch.float64)
         advantages = group_advantages(rewards, torch.tensor(group), rule.advantage)  # (N,)
         advantages = advantages.repeat_interleave(turns)  # (N,) -> (R,)
     if rule.step_weight:
@@ -936,13 +971,13 @@ def assign_credit(trajectories, cfg):
     return advantages * trained
 
 
-def turn_rewards(trajectories):
-    """Reward of every response where a group's statistics run over turns: a list of R.
-    Its episode's, without penalties for invalid actions, but for its own. Source: verl-agent.
+def turn_rewards(trajectories, rule):
+    """Reward of every response where statistics run over turns: its episode's, and its own penalty
+    if its action was invalid. Returns: a list of R.
     """
     rewards = []
     for t in trajectories:
-        episode = sum(r.reward for r in t.responses if not r.invalid) - t.penalty
+        episode = episode_reward(t, rule)
         rewards += [episode + r.reward if r.invalid else episode for r in t.responses]
     return rewards
 
@@ -1085,11 +1120,13 @@ def weigh(trajectories, cfg):
 
 
 def split_minibatches(trajectories, rule, shuffler):
-    """One pass: the trajectories of each optimizer step, a list of `rule.minibatches` lists."""
+    """One pass: the trajectories of each optimizer step, a list of `rule.minibatches` lists, some
+    of them empty if there are fewer trajectories.
+    """
     count = rule.minibatches
     if rule.task_order:
-        size = math.ceil(len(trajectories) / count)
-        return [trajectories[i * size : (i + 1) * size] for i in range(count)]
+        ends = [len(trajectories) * i // count for i in range(count + 1)]
+        return [trajectories[i:j] for i, j in zip(ends, ends[1:])]
     order = shuffler.sample(trajectories, len(trajectories))
     return [order[i::count] for i in range(count)]
 
@@ -1148,32 +1185,41 @@ def update(policy, optimizer, trajectories, cfg, step):
         norm = torch.nn.utils.clip_grad_norm_(policy.weights, cfg.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(sums["loss"]):
             optimizer.step()
-            shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl")}
+            shares = {name: sums[name] / sums["tokens"] for name in ("clip_fraction", "kl", "gap")}
             rows.append({"loss": sums["loss"], "grad_norm": norm} | shares)
         optimizer.zero_grad()
     metrics = {"updates": len(rows), "skipped_updates": len(gaps) - len(rows)}
     if gaps and math.isfinite(gaps[0]):
         metrics["logp_gap"] = gaps[0]
     if rows:
-        metrics |= {name: fmean(row[name] for row in rows) for name in rows[0]}
+        for name in ("loss", "grad_norm", "clip_fraction", "kl"):
+            metrics[name] = fmean(row[name] for row in rows)
         metrics["last_clip_fraction"] = rows[-1]["clip_fraction"]
-    if gaps and math.isfinite(gaps[-1]):
-        metrics["last_log_ratio"] = gaps[-1]
+        metrics["last_log_ratio"] = rows[-1]["gap"]
     return metrics
 
 
 def demonstrated(policy, env, seed, cfg):
-    """A demonstration as a trajectory, as if the policy had sampled the expert's actions."""
+    """A demonstration as a trajectory, as if the policy had sampled the expert's actions.
+    Raises UsageError.
+    """
+    try:
+        turns = env.demonstration(seed, cfg.warm_noise)
+    except Exception as error:  # in others' code
+        why = traceback.format_exc()
+        raise UsageError(f"--env {cfg.env}: its demonstration {seed} failed:\n{why}") from error
     t = Trajectory(0, env, None)
-    for observation, action in env.demonstration(seed, cfg.warm_noise):
+    for observation, action in turns[: cfg.max_turns]:
         text = f"<{cfg.action_tag}>{action}</{cfg.action_tag}>" if cfg.action_tag else action
         ids = [*policy.encode(text), policy.end]
-        if t.ids:
-            t.ids += policy.observation_ids(observation, ended=True)
-        else:
+        if len(ids) > cfg.max_response_tokens:
+            raise UsageError(f"a demonstration has {len(ids)} tokens: raise --max_response_tokens")
+        observed = policy.observation_ids(observation, ended=True) if t.ids else []
+        if not t.ids:
             begin(policy, t, observation, {}, cfg)
-        if len(t.ids) + len(ids) > cfg.max_length:
+        if len(t.ids) + len(observed) + len(ids) > cfg.max_length:
             break
+        t.ids += observed
         t.responses.append(Response(len(t.ids), [0.0] * len(ids)))
         t.ids += ids
     return t
@@ -1189,6 +1235,7 @@ def imitate(policy, env, cfg):
     for _ in bar:
         seeds = [rng.randrange(envs.HELD_OUT) for _ in range(cfg.groups * cfg.group_size)]
         episodes = [demonstrated(policy, env, seed, cfg) for seed in seeds]
+        episodes = [t for t in episodes if t.responses]
         tokens = sum(len(r.logp) for r in responses_of(episodes))
         total = 0.0
         for batch in micro_batches(episodes, cfg.micro_batch_tokens):
@@ -1225,7 +1272,7 @@ def train_step(policy, optimizer, environments, cfg, step):
 
 
 def gated_share(trajectories, min_range):
-    """Share of groups whose H_bar span less than `min_range` nats: there, AEM changes nothing."""
+    """Share of groups whose H_bar span less than `min_range` nats, AEM's gate."""
     h_bars = {}
     for t in trajectories:
         if not t.masked:
@@ -1235,11 +1282,10 @@ def gated_share(trajectories, min_range):
 
 
 def equal_share(trajectories):
-    """Share of groups in which all rewards are equal: there is nothing to learn from them."""
-    rewards = {}
-    for t in trajectories:
-        rewards.setdefault(t.group, []).append(t.reward - t.penalty)
-    return fmean(not vary(torch.tensor(r).double()) for r in rewards.values())
+    """Share of groups in which all advantages are 0: there is nothing to learn from them."""
+    groups = {t.group for t in trajectories}
+    varied = {t.group for t in trajectories if any(r.advantage for r in t.responses)}
+    return 1 - len(varied) / len(groups)
 
 
 def batch_metrics(trajectories, sampled, cfg):
@@ -1265,7 +1311,7 @@ def batch_metrics(trajectories, sampled, cfg):
         "masked": sum(t.masked for t in trajectories),
         "env_errors": sum(t.error != "" for t in sampled),
         "groups": len({t.group for t in sampled}),
-        "equal_groups": equal_share(sampled),
+        "equal_groups": equal_share(trajectories),
         "dropped_groups": len({t.group for t in sampled} - {t.group for t in trajectories}),
     }
     return {name: value for name, value in metrics.items() if value is not None}
@@ -1341,20 +1387,19 @@ def plot_curves(run, rows):
     figure.savefig(run / "curves.png", dpi=120)
 
 
+FIRST_STEPS = 3  # that tell whether there is anything to learn from
+
+
 def warn_without_signal(run):
-    """Say so if rewards or actions of the first steps leave nothing to learn from."""
+    """Say so if advantages or actions of the first steps leave hardly anything to learn from."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if "invalid_share" in row]
-    equal, invalid, success = [
-        fmean(row[name] for row in rows) for name in ("equal_groups", "invalid_share", "success")
-    ]
+    names = ("equal_groups", "invalid_share", "success")
+    equal, invalid, success = [fmean(row[name] for row in rows) for name in names]
     if success < 0.5 and max(equal, invalid) >= 0.9:
         tqdm.write(
-            f"warning: so far rewards are equal in {equal:.0%} of the groups, and {invalid:.0%} of "
-            f"the actions are invalid; there is hardly anything to learn from. {run}/trajectories."
-            "txt shows what the policy says. Let it imitate first (--warm_steps, where the "
-            "environment has demonstrations), tell it the admissible actions (--env "
-            "household-guided), name a format (--action_tag), or begin with easier tasks."
+            f"warning: so far all advantages are 0 in {equal:.0%} of the groups, and {invalid:.0%} "
+            f"of the actions are invalid: there is hardly anything to learn from. {REMEDIES}"
         )
 
 
@@ -1372,7 +1417,7 @@ def report(run, rows, seconds, held_out):
     interval = f"{middle - half:.1%} to {middle + half:.1%}"
     print(f"95 % interval of the last: {interval} ({n} tasks)")
     if "eval_invalid" in rows[-1]:
-        print(f"invalid actions in it: {rows[-1]['eval_invalid']:.1%} of all")
+        print(f"invalid actions in the last evaluation: {rows[-1]['eval_invalid']:.1%}")
     print(f"{seconds:.0f} s in all; look at trajectories.txt in {run}")
 
 
@@ -1427,7 +1472,11 @@ def check_same(run, cfg):
     cfg.date = cfg.date or then["date"]
     if cfg.max_length == Config.max_length:
         cfg.max_length = then["max_length"]  # the model's own limit, perhaps
-    differ = [k for k, v in asdict(cfg).items() if k not in MAY_CHANGE and v != then.get(k)]
+    known = {k: v for k, v in then.items() if k in asdict(cfg)}
+    before = Config(**known)  # of an earlier aem.py it may lack some settings
+    before.check()
+    before = asdict(before)
+    differ = [k for k, v in asdict(cfg).items() if k not in MAY_CHANGE and v != before[k]]
     if differ:
         raise UsageError(f"{run} has another --{', --'.join(differ)}: use its, or another --name")
 
@@ -1535,7 +1584,8 @@ def set_up(cfg):
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # imitation is slow
         atexit.register(time.sleep, 0.1)  # gloo's threads abort a process that ends before them
     first = rank_and_world()[0] == 0
     run = gather(open_run(cfg) if first else None)[0]
@@ -1551,9 +1601,10 @@ def set_up(cfg):
         if cfg.rule.kl:
             policy.reference = load_policy(cfg, source)
     except (ValueError, OSError, envs.SandboxError) as error:
-        if first and not any(run.iterdir()):
-            run.rmdir()
         raise UsageError(error) from error
+    finally:
+        if first and not any(run.iterdir()) and sys.exc_info()[0]:
+            run.rmdir()
     if cfg.lr is None:
         adapters = any(not p.requires_grad for p in policy.model.parameters())
         small = policy.model.num_parameters() < 1e7
@@ -1605,7 +1656,7 @@ def train(cfg):
                 record(run, row, trajectories, cfg)
                 if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                     save_checkpoint(run, policy, optimizer, step)
-                if step == min(3, cfg.steps) > 0:
+                if step == min(FIRST_STEPS, cfg.steps) > 0:
                     warn_without_signal(run)
             shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
             bar.set_postfix(shown, refresh=False)

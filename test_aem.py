@@ -245,15 +245,17 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def run(**changes):
-        return aem.train(aem.Config(**run_flags(folder) | changes))
+        return aem.train(aem.Config(**run_flags(folder, **changes)))
 
     return run, folder
 
 
-def run_flags(folder):
+def run_flags(folder, **changes):
     flags = {"env": "test_aem:Echo", "out": str(folder), "cache_dir": f"{folder}/cache"}
-    flags |= {"warm_steps": 30, "steps": 40, "lr": 3e-3, "eval_every": 20, "eval_tasks": 64}
-    return TINY | flags | {"groups": 8, "group_size": 8}
+    flags |= {"steps": 40, "lr": 3e-3, "eval_every": 20, "eval_tasks": 64}
+    if "model" not in changes:
+        flags["warm_steps"] = 30
+    return TINY | flags | {"groups": 8, "group_size": 8} | changes
 
 
 def without_times(rows):
@@ -1002,8 +1004,9 @@ class Obedient(Echo):
 
 def imitated(tiny, tmp_path, **changes):
     """(policy, config): as for --model X, where X is the tiny policy as it lies in a folder."""
-    tiny.model.save_pretrained(tmp_path / "X")
-    tiny.tokenizer.save_pretrained(tmp_path / "X")
+    if not (tmp_path / "X").exists():
+        tiny.model.save_pretrained(tmp_path / "X")
+        tiny.tokenizer.save_pretrained(tmp_path / "X")
     flags = {"model": str(tmp_path / "X"), "env": "test_aem:Obedient", "groups": 2, "group_size": 4}
     cfg = config(**flags | {"cache_dir": str(tmp_path / "cache"), "warm_steps": 1} | changes)
     return aem.load_policy(cfg, aem.warm_start(Obedient(), cfg)), cfg
@@ -1011,7 +1014,8 @@ def imitated(tiny, tmp_path, **changes):
 
 @pytest.mark.parametrize("tag", ["", "say"])
 def test_a_step_of_imitation_is_one_of_cross_entropy_on_the_actions(tag, tiny, tmp_path):
-    found, cfg = imitated(tiny, tmp_path, warm_lr=1e-3, action_tag=tag, micro_batch_tokens=100)
+    flags = {"action_tag": tag, "max_response_tokens": 20, "micro_batch_tokens": 100}
+    found, cfg = imitated(tiny, tmp_path, warm_lr=1e-3, **flags)
     slow = aem.load_policy(cfg, cfg.model)
     rng = random.Random("demonstrations")
     losses = []
@@ -1032,6 +1036,56 @@ def test_a_step_of_imitation_is_one_of_cross_entropy_on_the_actions(tag, tiny, t
         assert torch.allclose(ours, expected, atol=1e-4)
     moved = zip(found.weights, aem.load_policy(cfg, cfg.model).weights)
     assert max((a - b).abs().max().item() for a, b in moved) > 9e-4  # Adam's first step: lr
+
+
+class Talkative(Obedient):
+    def demonstration(self, seed, noise):
+        return super().demonstration(seed, noise) * 20
+
+
+class NoDemonstration(Obedient):
+    def demonstration(self, seed, noise):
+        return [][0]
+
+
+def test_demonstrations_stay_within_the_limits_of_a_rollout(tiny):
+    cfg = config(max_length=100, max_turns=50)
+    t = aem.demonstrated(tiny, Talkative(), 3, cfg)
+    assert 90 < len(t.ids) <= 100 and t.ids[-1] == tiny.end and len(t.responses) > 5
+    assert len(aem.demonstrated(tiny, Talkative(), 3, config(max_turns=4)).responses) == 4
+    with pytest.raises(aem.UsageError, match="raise --max_response_tokens"):
+        aem.demonstrated(tiny, Talkative(), 3, config(max_response_tokens=1))
+    with pytest.raises(aem.UsageError, match="(?s)its demonstration 3 failed.*IndexError"):
+        aem.demonstrated(tiny, NoDemonstration(), 3, config())
+
+
+def test_imitation_begins_anew_where_the_model_has_changed(tiny, tmp_path):
+    _, cfg = imitated(tiny, tmp_path)
+    kept = aem.warm_start(Obedient(), cfg)
+    assert kept == aem.warm_start(Obedient(), cfg)
+    os.utime(tmp_path / "X" / "model.safetensors", ns=(1, 1))  # other weights of the same size
+    assert kept != aem.warm_start(Obedient(), cfg)
+    cfg.lora_rank = 0
+    assert aem.source_of(tmp_path) == tmp_path
+    (tmp_path / "checkpoint").mkdir()
+    assert aem.source_of(tmp_path) == tmp_path / "checkpoint"
+
+
+def test_an_imitation_that_stops_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    _, cfg = imitated(tiny, tmp_path)
+    cfg.warm_steps = 2
+    monkeypatch.setattr(aem, "imitate", interrupted)
+    monkeypatch.setattr(aem.inspect, "getsource", str)  # of this `imitate`, too
+    with pytest.raises(KeyboardInterrupt):
+        aem.warm_start(Obedient(), cfg)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    cfg.out, cfg.name = str(tmp_path / "out"), "run"
+    with pytest.raises(KeyboardInterrupt):
+        aem.set_up(cfg)
+    assert not (tmp_path / "out" / "run").exists()
 
 
 def test_imitation_teaches_a_model_and_is_kept(tiny, tmp_path):
@@ -1836,8 +1890,27 @@ def test_minibatches_in_task_order_are_neighbours():
         assert parts[0] != trajectories[: len(parts[0])]
 
 
+def test_the_recipe_draws_anew_by_rewards_without_penalties(tiny, monkeypatch):
+    drawn = [invented([2, 2], group=i // 4) for i in range(8)]
+    for t, penalties in zip(drawn, (0, 1, 2, 0, 0, 0, 0, 0)):
+        for r in t.responses[:penalties]:
+            r.invalid, r.reward = True, -0.1
+        t.reward = sum(r.reward for r in t.responses)
+    drawn[4].responses[1].reward = drawn[4].reward = 10.0
+    monkeypatch.setattr(aem, "rollout", lambda *args: drawn)
+    flags = {"estimator": "dapo", "groups": 2, "group_size": 4, "max_resample": 1}
+    kept, _ = aem.sample_batch(tiny, None, config(**flags), 1)
+    assert len(kept) == 8  # penalties make a group vary, by themselves
+    for t in drawn:
+        t.group %= 2
+    with pytest.raises(aem.UsageError, match="vary in only 2 of 4 groups.*--warm_steps"):
+        aem.sample_batch(tiny, None, config(**flags | {"groups": 3}, recipe="verl_agent"), 1)
+
+
 def test_flags_go_before_the_recipe():
     assert config(recipe="verl_agent").rule.kl == 0.01 and config().rule.kl == 0
+    settled = config(recipe="verl_agent")
+    assert (settled.kl_coef, settled.minibatches) == (0.01, 16)  # as config.json has them
     assert config(recipe="verl_agent", kl_coef=0.0).rule.kl == 0
     assert config(recipe="verl_agent", minibatches=4).rule.minibatches == 4
     dapo = config(recipe="verl_agent", estimator="dapo").rule
@@ -1866,7 +1939,10 @@ def test_metrics_show_the_regime(tiny, played):
         r.entropy = [0.5] * len(r.entropy)
         r.advantage = 0.0
     groups = len({t.group for t in played})
-    assert aem.batch_metrics(played, played, cfg)["gated_groups"] == pytest.approx(1 / groups)
+    learners = {t.group for t in played for r in t.responses if r.advantage != 0}
+    sums = aem.batch_metrics(played, played, cfg)
+    assert sums["gated_groups"] == pytest.approx(1 / groups)
+    assert sums["equal_groups"] == pytest.approx(1 - len(learners) / groups) and learners
     for r in aem.responses_of(played):
         r.advantage = 0.0
     assert "negative_mass" not in aem.batch_metrics(played, played, cfg)  # not 0: there is none
@@ -2159,7 +2235,7 @@ def test_a_signal_ends_the_run_after_its_step(runs, whole):
     processes = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         flags = WHOLE | {"name": f"signal{number}"}
-        processes[number] = python(MAIN, *arguments(run_flags(folder) | flags))
+        processes[number] = python(MAIN, *arguments(run_flags(folder, **flags)))
     for number, process in processes.items():
         interrupted = folder / f"signal{number}"
         metrics = interrupted / "metrics.jsonl"
@@ -2189,7 +2265,7 @@ aem.one_step = step
 
 def test_a_second_signal_ends_the_run_at_once(runs):
     _, folder = runs
-    flags = run_flags(folder) | {"name": "twice", "model": echo_model(folder)}
+    flags = run_flags(folder, name="twice", model=echo_model(folder))
     process = python(SLEEPING + MAIN, *arguments(flags))
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -2224,7 +2300,7 @@ aem.save_checkpoint = save_or_fail
 def test_a_full_disk_ends_the_run_with_a_sentence_and_its_last_checkpoint(runs, whole):
     run, folder = runs
     flags = WHOLE | {"name": "full"}
-    process = python(FULL + MAIN, *arguments(run_flags(folder) | flags))
+    process = python(FULL + MAIN, *arguments(run_flags(folder, **flags)))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in errors, errors
     assert "aem.py: error: " in errors.splitlines()[-1]
@@ -2272,7 +2348,7 @@ torch.set_num_threads(1)
 out, cache = sys.argv[1:]
 for name, flags in test_aem.DISTRIBUTED.items():
     flags = test_aem.SMALL | flags | {"out": out, "cache_dir": cache, "name": name}
-    aem.train(aem.Config(**test_aem.run_flags(out) | flags))
+    aem.train(aem.Config(**test_aem.run_flags(out, **flags)))
     assert pathlib.Path(out, name, "curves.png").exists()  # the first process wrote it,
     assert pathlib.Path(out, name, "checkpoint", "tokenizer.json").exists()  # and this after all
 torch.distributed.destroy_process_group()
@@ -2404,7 +2480,7 @@ def test_a_step_without_update_is_said(runs, capsys, monkeypatch):
     assert run(**flags | short)[1]["updates"] == 0
     said = capsys.readouterr().out
     assert "step 1: no update, as no reward varies in any group" in said
-    assert "rewards are equal in 100% of the groups" in said and "--warm_steps" in said
+    assert "all advantages are 0 in 100% of the groups" in said and "--warm_steps" in said
     monkeypatch.setattr(aem, "policy_loss", overflowing)
     assert run(**flags | {"groups": 4, "group_size": 4})[1]["updates"] == 0
     said = capsys.readouterr().out
@@ -3452,7 +3528,7 @@ def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch
 def test_a_run_of_the_study_that_ends_early_stays_where_it_was(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     change_row(monkeypatch, "dapo", overlong=0.0)
-    flags = run_flags(tmp_path) | {"env": "test_aem:Alike", "estimator": "dapo", "max_resample": 1}
+    flags = run_flags(tmp_path, env="test_aem:Alike", estimator="dapo", max_resample=1)
     flags |= {"steps": 3, "eval_every": 3, "eval_tasks": 16, "groups": 2, "group_size": 4}
     flags["model"] = echo_model(runs[1])
     del flags["out"]

@@ -125,14 +125,16 @@ def empg_credit(assign_credit, trajectories, cfg):
     """EMPG's advantages (R,) instead of A, nearest kin of AEM's. Source: arXiv:2509.09265.
 
     A exp(-H~) / mean exp(-H~), plus 0.05 exp(-H~ of the next turn), less the mean of that; H~ and
-    means over the whole batch.
+    means over the whole batch. Where no reward varies, the second term is left.
     """
     advantage = assign_credit(trajectories, cfg)
     trained = torch.tensor([not t.masked for t in trajectories for _ in t.responses])
     h_bar = [r.h_bar for r in aem.responses_of(trajectories)]
     h_bar = torch.tensor(h_bar, dtype=advantage.dtype)
+    if not trained.any():
+        return advantage
     low, high = h_bar[trained].min(), h_bar[trained].max()
-    confidence = torch.exp(-(h_bar - low) / (high - low))
+    confidence = torch.exp(-(h_bar - low) / (high - low).clamp_min(1e-12))
     last = [i == len(t.responses) - 1 for t in trajectories for i in range(len(t.responses))]
     clarity = torch.where(torch.tensor(last), 0.0, 0.05 * confidence.roll(-1))
     scaled = advantage * confidence / confidence[trained].mean() + clarity
