@@ -1,9 +1,9 @@
 """Everything that a GPU must show about this project, the most useful first, in minutes.
 
-    python experiments/gpu.py                   # at most 8 minutes: all but the training run
-    python experiments/gpu.py --model FOLDER    # that too: SmolLM2-135M-Instruct, say
+    python experiments/gpu.py                  # at most 8 minutes: all but `training`
     python experiments/gpu.py --parts decode step --shape 7B --minutes 4
-    python experiments/gpu.py --device cpu      # the same code on a tiny model: shows no speed
+    python experiments/gpu.py --parts training --model FOLDER --minutes 9   # again: it goes on
+    python experiments/gpu.py --device cpu     # the same code on a tiny model: shows no speed
 
     agreement   does a rollout in float32 sample on the GPU what it samples on a CPU?
     decode      a token of all rows: time and kernels against memory bandwidth; attention's kernels
@@ -11,7 +11,7 @@
     lengths     peak memory of rollout, `SlotCache.keep` and update by length
     compiled    `step` with --compile
     trl         a training step against TRL's, if it is installed
-    training    imitation and RL of a real model, with and without AEM
+    training    imitation and RL of a real model (SmolLM2-135M-Instruct, say), AEM on and off
 
 Each result is appended to --out/results.jsonl at once, a line each. A part that needs more than
 what is left of --minutes is skipped, one that fails leaves its error; the next goes on. But for
@@ -80,7 +80,7 @@ class Plan:
     rounds: int = 3
     lengths: tuple = (1000, 4000)
     budgets: tuple = (aem.Config.micro_batch_tokens, 32768)  # --micro_batch_tokens
-    warm_steps: int = 200  # of the tiny policy in `agreement`
+    warm_steps: int = 50  # of the tiny policy in `agreement`
     backend: str = "inductor"
     steps: tuple = (20, 40, 60)  # of training: both arms go as far before one goes further
     training: tuple = tuple(TRAINING.items())
@@ -90,11 +90,11 @@ SMALL = {  # on a CPU, in seconds
     "rows": 8,
     "turns": 2,
     "tokens": 4,
-    "prompt": 32,
+    "prompt": 64,
     "decoded": 4,
     "rounds": 1,
     "lengths": (64, 96),
-    "warm_steps": 20,
+    "warm_steps": 0,
     "backend": "eager",  # needs no C++ compiler
     "steps": (1, 2),
 }
@@ -117,7 +117,6 @@ def measured(function):
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     result = function()
@@ -139,9 +138,8 @@ def rates(device):
     flops, reading = bench.measured_rates(device, torch.bfloat16)
     source = torch.ones(2**24 if device == "cpu" else 2**30, device=device)
     target = torch.empty_like(source)
-    times = bench.take_turns({"copy": lambda: measured(lambda: target.copy_(source))}, 5)
-    copying = 2 * source.nbytes / times["copy"]
-    return flops, max(reading, copying)
+    copies = [measured(partial(target.copy_, source))[1]["seconds"] for _ in range(5)]
+    return flops, max(reading, 2 * source.nbytes / median(copies))
 
 
 def built(plan, compiled=False):
@@ -176,7 +174,7 @@ def measured_update(made, optimizer, trajectories, plan, budget):
     found["tokens_per_second"] = tokens / found["seconds"]
     rate = update_flops(made, trajectories) / found["seconds"]
     found["utilisation"] = rate / rates(plan.device)[0]  # of the rate of a large matrix product
-    return found | {"logp_gap": metrics["logp_gap"], "micro_batch_tokens": budget}
+    return found | {"logp_gap": metrics.get("logp_gap"), "micro_batch_tokens": budget}
 
 
 # ------------------------------------------------------------------------------ agreement
@@ -319,12 +317,14 @@ def lengths(plan):
         playing = bench.random_trajectories(made, plan.rows, length - tokens)
         cache = aem.SlotCache()
         cfg = bench.settings(max_response_tokens=tokens, max_length=length)
+        free()  # so that `reserved_gb` holds no leftovers
         _, found = measured(partial(aem.respond, made, cache, playing, cfg))
         yield {"of": "rollout", "length": length} | found
         _, found = measured(partial(cache.keep, list(range(plan.rows - 1))))
         yield {"of": "keep", "length": length} | found
         del cache
         batch = bench.random_trajectories(made, plan.rows, length)
+        free()
         found = measured_update(made, optimizer, batch, plan, aem.Config.micro_batch_tokens)
         del found["logp_gap"]  # these tokens were not sampled
         yield {"of": "update", "length": length} | found
