@@ -3412,7 +3412,7 @@ def test_what_a_gpu_must_show_runs_on_a_cpu(gpu, tmp_path, capsys):
     assert token["weight_casts"] == 0 and token["ms"] > 0 and token["floor_ms"] > 0
     assert update["weight_casts"] > 0 and "aten::scaled_dot_product_attention" in token["attention"]
     for name in ("step", "compiled"):
-        assert [row["of"] for row in parts[name]] == ["rollout", "update", "update"] * 2
+        assert [row["of"] for row in parts[name]] == ["rollout", "update"] * 2
         gaps = [row["logp_gap"] for row in parts[name] if row["of"] == "update"]
         assert all(0 <= gap < 0.02 for gap in gaps)  # of bfloat16
     assert [row["length"] for row in parts["lengths"]] == [64] * 3 + [96] * 3 + [4096]
@@ -3436,14 +3436,14 @@ def test_a_part_that_fails_or_does_not_fit_leaves_the_others_alone(gpu, monkeypa
     def quick(plan):
         yield {"of": "quick"}
 
-    parts = {full: 0, slow: 0, quick: 5}
+    parts = {full: 0, slow: 0, quick: 1}
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "NAMES", {part.__name__: part for part in parts})
     names = ["full", "quick", "slow", "quick"]
-    rows = gpu.results("--minutes", str((gpu.SAVING + 6) / 60), "--parts", *names)
+    rows = gpu.results("--minutes", str((gpu.SAVING + 2) / 60), "--parts", *names)
     assert [row["part"] for row in rows] == ["full", *names]
     assert rows[1]["error"] == "OutOfMemoryError: no memory" and rows[2]["of"] == "quick"
-    assert "stopped" in rows[3] and "5 s" in rows[4]["skipped"]
+    assert "stopped" in rows[3] and "1 s" in rows[4]["skipped"]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     with pytest.raises(SystemExit):
         gpu.results("--model", "nowhere")
@@ -3469,6 +3469,23 @@ def test_casts_of_weights_are_counted(gpu):
         found = next(gpu.decode(plan))
     matrices = [p for p in gpu.built(plan).weights if p.ndim == 2]
     assert found["weight_casts"] == len(matrices)  # each of them for each token
+
+
+def test_kernels_of_a_profile_are_counted(gpu):
+    def event(name, kernel_us=None, shapes=()):
+        device = gpu.DeviceType.CPU if kernel_us is None else gpu.DeviceType.CUDA
+        time_range = types.SimpleNamespace(elapsed_us=lambda: kernel_us)
+        columns = {"device_type": device, "time_range": time_range, "input_shapes": shapes}
+        return types.SimpleNamespace(name=name, **columns)
+
+    events = [event("aten::_to_copy", shapes=shapes) for shapes in ([[3, 2], []], [[2, 3], []], [])]
+    events += [event("aten::_scaled_dot_product_cudnn_attention"), event("fmha_cutlassF", 500.0)]
+    events += [event("gemm", 1000.0), event("gemm", 1500.0)]
+    found = gpu.counted(events, {(3, 2)})
+    assert found["kernels"] == 3 and found["kernel_ms"] == 3.0
+    assert found["weight_casts"] == found["cudnn"] == 1
+    assert found["largest_ms"] == {"gemm": 2.5, "fmha_cutlassF": 0.5}
+    assert len(found["attention"]) == 2
 
 
 def test_flops_of_an_update_are_those_that_torch_counts(gpu):

@@ -94,6 +94,7 @@ SMALL = {  # on a CPU, in seconds
     "decoded": 4,
     "rounds": 1,
     "lengths": (64, 96),
+    "budgets": (8192,),
     "warm_steps": 0,
     "backend": "eager",  # needs no C++ compiler
     "steps": (1, 2),
@@ -228,28 +229,36 @@ def agreement(plan):
 
 # ------------------------------------------------------------------------------ decode
 def profiled(made, function):
-    """What ran: kernels (number, milliseconds), weights cast to another type, attention's names."""
+    """What torch's profiler saw of a call, as `counted` has it."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as recorded:
         measured(function)
     shapes = {tuple(p.shape) for p in made.weights if p.ndim == 2}
-    found = {"kernels": 0, "kernel_ms": 0.0, "weight_casts": 0}
+    return counted(recorded.events(), shapes)
+
+
+def counted(events, shapes):
+    """Kernels, their milliseconds, casts of weights of these shapes; which attention ran.
+
+    `cudnn` counts what cuDNN ran: aem.load_policy turns its attention off.
+    """
+    found = {"kernels": 0, "kernel_ms": 0.0, "weight_casts": 0, "cudnn": 0}
     attention = Counter()
     largest = Counter()
-    for event in recorded.events():
+    for event in events:
+        name = event.name[:80]
         if re.search("attention|fmha|flash|cudnn", event.name, re.IGNORECASE):
-            attention[event.name[:80]] += 1
+            attention[name] += 1
+            found["cudnn"] += "cudnn" in event.name.lower()
         if event.device_type == DeviceType.CUDA:
             took = event.time_range.elapsed_us() / 1000
             found["kernels"] += 1
             found["kernel_ms"] += took
-            largest[event.name[:80]] += took
+            largest[name] += took
         elif event.name == "aten::_to_copy" and event.input_shapes:
             found["weight_casts"] += tuple(event.input_shapes[0]) in shapes
-    plans = sum(count for name, count in attention.items() if "cudnn" in name.lower())
-    found["cudnn"] = plans  # enable_cudnn_sdp(False) should leave none
     return found | {"attention": dict(attention), "largest_ms": dict(largest.most_common(10))}
 
 
