@@ -3436,14 +3436,18 @@ def test_a_part_that_fails_or_does_not_fit_leaves_the_others_alone(gpu, monkeypa
     def quick(plan):
         yield {"of": "quick"}
 
-    parts = {full: 0, slow: 0, quick: 1}
+    def long(plan):
+        yield {"of": "long"}
+
+    parts = {full: 0, slow: 0, quick: 1, long: 60}
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "NAMES", {part.__name__: part for part in parts})
-    names = ["full", "quick", "slow", "quick"]
+    names = ["full", "quick", "long", "slow", "quick"]
     rows = gpu.results("--minutes", str((gpu.SAVING + 2) / 60), "--parts", *names)
     assert [row["part"] for row in rows] == ["full", *names]
     assert rows[1]["error"] == "OutOfMemoryError: no memory" and rows[2]["of"] == "quick"
-    assert "stopped" in rows[3] and "1 s" in rows[4]["skipped"]
+    assert "60 s" in rows[3]["skipped"] and "of" not in rows[3]
+    assert "stopped" in rows[4] and "0 s of --minutes are left" in rows[5]["skipped"]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     with pytest.raises(SystemExit):
         gpu.results("--model", "nowhere")

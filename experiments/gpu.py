@@ -80,7 +80,8 @@ class Plan:
     rounds: int = 3
     lengths: tuple = (1000, 4000)
     budgets: tuple = (aem.Config.micro_batch_tokens, 32768)  # --micro_batch_tokens
-    warm_steps: int = 50  # of the tiny policy in `agreement`
+    warm_steps: int = 50  # of the embedded policy in `agreement`
+    household_turns: int = 12  # and its turns
     backend: str = "inductor"
     steps: tuple = (20, 40, 60)  # of training: both arms go as far before one goes further
     training: tuple = tuple(TRAINING.items())
@@ -96,10 +97,12 @@ SMALL = {  # on a CPU, in seconds
     "lengths": (64, 96),
     "budgets": (8192,),
     "warm_steps": 0,
+    "household_turns": 3,
     "backend": "eager",  # needs no C++ compiler
     "steps": (1, 2),
 }
-SMALL_TRAINING = {"warm_steps": 2, "groups": 2, "group_size": 4, "eval_tasks": 8, "max_turns": 2}
+SMALL_TRAINING = {"warm_steps": 2, "groups": 2, "group_size": 2, "eval_tasks": 4}
+SMALL_TRAINING |= {"max_turns": 2, "max_response_tokens": 4}
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -207,7 +210,8 @@ def compared(ours, theirs):
 def agreement(plan):
     """The embedded policy in float32, the same seeds: rollouts, and gradients of one of them."""
     model, tokenizer = envs.embedded_policy(envs.Household(), plan.warm_steps, 0.35)
-    cfg = bench.settings(groups=plan.rows // 8, max_turns=None, max_response_tokens=None)
+    limits = {"max_turns": plan.household_turns, "max_response_tokens": None}  # None: the game's
+    cfg = bench.settings(groups=plan.rows // 8, **limits)
     rollouts, gradients = [], []
     for device in ("cpu", plan.device):
         made = aem.Policy(copy.deepcopy(model).to(device), tokenizer)
