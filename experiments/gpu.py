@@ -182,16 +182,21 @@ def measured_update(made, optimizer, trajectories, plan, budget):
 
 
 # ------------------------------------------------------------------------------ agreement
+def first_difference(ids, others):
+    """Position of the first id that is not the same, or the length of the shorter list."""
+    for i, (x, y) in enumerate(zip(ids, others)):
+        if x != y:
+            return i
+    return min(len(ids), len(others))
+
+
 def compared(ours, theirs):
     """How far two rollouts of the same seeds agree, up to where the first token differs."""
     equal = 0
     logp_gaps = [0.0]
     entropy_gaps = [0.0]
     for t, other in zip(ours, theirs):
-        pairs = zip(t.ids, other.ids)
-        same = next(
-            (i for i, (x, y) in enumerate(pairs) if x != y), min(len(t.ids), len(other.ids))
-        )
+        same = first_difference(t.ids, other.ids)
         equal += same
         for r, s in zip(t.responses, other.responses):
             known = max(0, same - r.start)  # its tokens that both sampled
@@ -281,7 +286,7 @@ def decode(plan):
     times = bench.take_turns(works, plan.rounds)
     attended = sum(len(t.ids) for t in batch)
     read = bench.decode_bytes(made, [(plan.rows, attended)], width=2)
-    found = {"of": "a token", "rows": plan.rows, "tokens": attended / plan.rows}
+    found = {"of": "a token", "rows": plan.rows, "cached": attended / plan.rows}
     found["ms"] = 1000 * (times["all"] - times["first"]) / plan.decoded
     found["first_token_ms"] = 1000 * times["first"]
     found["floor_ms"] = 1000 * read / rates(plan.device)[1]
@@ -289,6 +294,7 @@ def decode(plan):
     whole = profiled(made, partial(respond, 1 + plan.decoded))
     for name in ("kernels", "kernel_ms", "weight_casts"):
         found[name] = (whole.pop(name) - once[name]) / plan.decoded
+    found["profiled_tokens"] = 1 + plan.decoded  # what follows is of all of them
     yield found | whole
     cache.layers.clear()
     batch = bench.random_trajectories(made, 4, plan.prompt)
