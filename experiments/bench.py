@@ -283,13 +283,13 @@ def trl_conversations(made, turns, tokens):
 
 
 def trl_trainer(made, turns, tokens, checkpointing):
-    """TRL's GRPOTrainer on the same model, prompts, and number of tokens."""
+    """TRL's GRPOTrainer on the same model, prompts, and number of tokens. Raises ImportError."""
     try:
         import datasets
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         install = "pip install trl==1.16.0 accelerate"
-        sys.exit(f"bench.py: `trl` compares with TRL, which is missing ({error}): {install}")
+        raise ImportError(f"`trl` compares with TRL, which is missing: {install}") from error
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     prompt = made.tokenizer.decode(made.opening_ids("", Walk(1).reset()[0]))
     rows = datasets.Dataset.from_list([{"prompt": prompt}] * 16)
@@ -699,7 +699,10 @@ def main():
             continue
         machine = {"machine": platform.machine(), "cores": os.cpu_count()}
         machine["torch"] = torch.__version__
-        results = machine | BENCHMARKS[name]()
+        try:
+            results = machine | BENCHMARKS[name]()
+        except ImportError as error:
+            sys.exit(f"bench.py: error: {error}")
         (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

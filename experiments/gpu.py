@@ -409,7 +409,7 @@ def training(plan):
                 metrics = Path(cfg.out) / cfg.name / "metrics.jsonl"
                 if metrics.exists():
                     shutil.copy(metrics, plan.out / f"metrics-{arm}.jsonl")
-            yield {"of": arm} | found | summary(rows)
+            yield {"of": arm, "model": Path(plan.model).name} | found | summary(rows)
             free()
 
 
