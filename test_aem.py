@@ -37,6 +37,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import aem
 import envs
@@ -3457,17 +3458,137 @@ def test_bootstrap_and_agreement_by_hand():
     assert found["high"] - found["low"] == pytest.approx(0.1, abs=0.03)
 
 
-def test_the_benchmark_for_a_gpu_runs_on_a_cpu(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The module, and its command line: a function of flags that returns the results."""
     monkeypatch.syspath_prepend(str(HERE / "experiments"))
-    bench = importlib.import_module("bench")
-    take_turns = bench.take_turns
-    monkeypatch.setattr(bench, "take_turns", lambda work, rounds: take_turns(work, 1))  # soon done
-    found = bench.against_floors(bench.TINY, rows=8, turns=2, tokens=4, device="cpu")  # bfloat16
-    assert found["tokens"] == 8 * 2 * 4 and 0 <= found["logp_gap"] < 0.02
-    assert min(found["rollout_floor"], found["update_floor"]) > 0
-    published = {1_543_714_304: bench.QWEN_1_5B, 7_615_616_512: bench.QWEN_7B}  # Qwen2.5's sizes
+    module = importlib.import_module("gpu")
+    take_turns = module.bench.take_turns
+    monkeypatch.setattr(module.bench, "take_turns", lambda works, _: take_turns(works, 1))  # soon
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of warm starts
+
+    def results(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", "out", *flags])
+        module.main()
+        return [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+
+    module.results = results
+    return module
+
+
+def test_what_a_gpu_must_show_runs_on_a_cpu(gpu, tmp_path, capsys):
+    for part in envs.embedded_policy(envs.GuidedHousehold(), 0, 0.35):
+        part.save_pretrained(tmp_path / "model")
+    rows = gpu.results("--model", str(tmp_path / "model"))
+    assert not any("error" in row or "stopped" in row for row in rows), rows
+    assert {row["device"] for row in rows} == {"CPU"}
+    assert {row["torch"] for row in rows} == {torch.__version__}
+    parts = {name: [row for row in rows if row["part"] == name] for name in gpu.NAMES}
+    (agreement,) = parts["agreement"]
+    assert agreement["equal_ids"] == 1 and agreement["compared_tokens"] > 50
+    assert agreement["logp_gap"] == agreement["gradient_difference"] == 0  # a CPU against itself
+    token, update = parts["decode"]
+    assert token["weight_casts"] == 0 and token["ms"] > 0 and token["floor_ms"] > 0
+    assert update["weight_casts"] > 0 and "aten::scaled_dot_product_attention" in token["attention"]
+    for name in ("step", "compiled"):
+        assert [row["of"] for row in parts[name]] == ["rollout", "update"] * 2
+        gaps = [row["logp_gap"] for row in parts[name] if row["of"] == "update"]
+        assert all(0 <= gap < 0.02 for gap in gaps)  # of bfloat16
+    assert [row["length"] for row in parts["lengths"]] == [64] * 3 + [96] * 3 + [4096]
+    assert parts["trl"]
+    assert [(row["of"], row["steps"]) for row in parts["training"]] == [
+        (arm, steps) for steps in (1, 2) for arm in ("aem", "plain")
+    ]
+    assert len(Path("out/metrics-plain.jsonl").read_text().splitlines()) == 3
+    assert "equal_ids" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_or_does_not_fit_leaves_the_others_alone(gpu, monkeypatch, capsys):
+    def full(plan):
+        yield {"of": "before"}
+        raise torch.OutOfMemoryError("no memory")
+
+    def slow(plan):
+        while True:
+            time.sleep(0.01)
+
+    def quick(plan):
+        yield {"of": "quick"}
+
+    def long(plan):
+        yield {"of": "long"}
+
+    parts = {full: 0, slow: 0, quick: 1, long: 60}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "NAMES", {part.__name__: part for part in parts})
+    names = ["full", "quick", "long", "slow", "quick"]
+    rows = gpu.results("--minutes", str((gpu.SAVING + 2) / 60), "--parts", *names)
+    assert [row["part"] for row in rows] == ["full", *names]
+    assert rows[1]["error"] == "OutOfMemoryError: no memory" and rows[2]["of"] == "quick"
+    assert "60 s" in rows[3]["skipped"] and "of" not in rows[3]
+    assert "stopped" in rows[4] and "0 s of --minutes are left" in rows[5]["skipped"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with pytest.raises(SystemExit):
+        gpu.results("--model", "nowhere")
+    assert "--model nowhere: there is no such folder" in capsys.readouterr().err
+
+
+def test_rollouts_are_compared_up_to_the_first_other_token(gpu):
+    def trajectory(ids, logp, entropy):
+        return aem.Trajectory(0, None, None, ids, [aem.Response(2, logp, entropy)])
+
+    ours = [trajectory([7, 7, 1, 2, 3], [-1.0, -1.0, -1.0], [1.0, 1.0, 1.0])]
+    theirs = [trajectory([7, 7, 1, 9], [-1.5, 8.0], [1.25, 8.0])]
+    found = gpu.compared(ours, theirs)
+    assert found["equal_ids"] == 3 / 5 and found["equal_trajectories"] == 0
+    assert found["compared_tokens"] == 1
+    assert found["logp_gap"] == 0.5 and found["entropy_gap"] == 0.25
+    assert gpu.compared(ours, ours)["equal_ids"] == 1
+
+
+def test_casts_of_weights_are_counted(gpu):
+    plan = gpu.Plan("cpu", "tiny", None, **gpu.SMALL)
+    with torch.inference_mode():  # where autocast does not keep its copies
+        found = next(gpu.decode(plan))
+    matrices = [p for p in gpu.built(plan).weights if p.ndim == 2]
+    assert found["weight_casts"] == len(matrices)  # each of them for each token
+
+
+def test_kernels_of_a_profile_are_counted(gpu):
+    def event(name, kernel_us=None, shapes=()):
+        device = gpu.DeviceType.CPU if kernel_us is None else gpu.DeviceType.CUDA
+        time_range = types.SimpleNamespace(elapsed_us=lambda: kernel_us)
+        columns = {"device_type": device, "time_range": time_range, "input_shapes": shapes}
+        return types.SimpleNamespace(name=name, **columns)
+
+    events = [event("aten::_to_copy", shapes=shapes) for shapes in ([[3, 2], []], [[2, 3], []], [])]
+    events += [event("aten::_scaled_dot_product_cudnn_attention"), event("fmha_cutlassF", 500.0)]
+    events += [event("gemm", 1000.0), event("gemm", 1500.0)]
+    found = gpu.counted(events, {(3, 2)})
+    assert found["kernels"] == 3 and found["kernel_ms"] == 3.0
+    assert found["weight_casts"] == found["cudnn"] == 1
+    assert found["largest_ms"] == {"gemm": 2.5, "fmha_cutlassF": 0.5}
+    assert len(found["attention"]) == 2
+
+
+def test_flops_of_an_update_are_those_that_torch_counts(gpu):
+    made = gpu.bench.policy()
+    made.model.set_attn_implementation("eager")
+    batch = gpu.bench.random_trajectories(made, 3, 64)
+    with FlopCounterMode(display=False) as counter:
+        aem.accumulate_gradients(made, batch, gpu.bench.settings())
+    sampled = sum(len(r.logp) for r in aem.responses_of(batch))
+    again = 2 * made.head.weight.numel() * sampled  # the head's chunks, in backward
+    shape = made.model.config
+    masked = 3 * 2 * shape.num_hidden_layers * shape.hidden_size * 3 * 64**2  # half of the pairs
+    assert counter.get_total_flops() - again - masked == gpu.update_flops(made, batch)
+
+
+def test_random_models_have_the_published_sizes(gpu):
+    published = {1_543_714_304: gpu.bench.QWEN_1_5B, 7_615_616_512: gpu.bench.QWEN_7B}  # Qwen2.5's
     for size, shape in published.items():
-        assert bench.policy(shape, device="meta").model.num_parameters() == size
+        assert gpu.bench.policy(shape, device="meta").model.num_parameters() == size
 
 
 def test_the_table_of_estimators_comes_from_the_committed_results(capsys):

@@ -1,6 +1,6 @@
 """Benchmarks. Every claim is a ratio of medians, of alternatives that take turns in one run.
 
-    python experiments/bench.py             # all that need neither TRL nor a GPU, then the figure
+    python experiments/bench.py             # all that don't need TRL, then the figure
     python experiments/bench.py rollout     # many turns, against transformers' generate
     python experiments/bench.py waiting     # what waiting for the longest response costs
     python experiments/bench.py update      # against a full log-softmax; 15 minutes
@@ -8,11 +8,10 @@
     python experiments/bench.py compile     # --compile true; needs a C++ compiler
     python experiments/bench.py sandbox     # evaluations per second, cost of a test
     python experiments/bench.py trl         # a training step against TRL's
-    python experiments/bench.py gpu         # on a GPU: shapes of Qwen2.5-1.5B and 7B
     python experiments/bench.py figure      # draw experiments/bench/bench.png from the results
 
 `trl` needs `pip install trl==1.16.0 accelerate`. Results go to experiments/bench/NAME.json. Models
-have random weights: nothing is downloaded.
+have random weights: nothing is downloaded. What a GPU must show is in experiments/gpu.py.
 """
 
 import argparse
@@ -180,7 +179,7 @@ def regenerate(made, rows, turns, tokens):
     ids = [made.opening_ids("", world.reset()[0]) for world in worlds]
     sizes = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0}
     for _ in range(turns):
-        inputs = torch.tensor(ids)  # (B, T), all of the same length: no padding
+        inputs = torch.tensor(ids, device=made.device)  # (B, T), all of one length: no padding
         mask = torch.ones_like(inputs)
         output = made.model.generate(inputs, attention_mask=mask, pad_token_id=0, **sizes)
         ids = output.tolist()
@@ -284,13 +283,13 @@ def trl_conversations(made, turns, tokens):
 
 
 def trl_trainer(made, turns, tokens, checkpointing):
-    """TRL's GRPOTrainer on the same model, prompts, and number of tokens."""
+    """TRL's GRPOTrainer on the same model, prompts, and number of tokens. Raises ImportError."""
     try:
         import datasets
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         install = "pip install trl==1.16.0 accelerate"
-        sys.exit(f"bench.py: `trl` compares with TRL, which is missing ({error}): {install}")
+        raise ImportError(f"`trl` compares with TRL, which is missing: {install}") from error
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     prompt = made.tokenizer.decode(made.opening_ids("", Walk(1).reset()[0]))
     rows = datasets.Dataset.from_list([{"prompt": prompt}] * 16)
@@ -306,8 +305,8 @@ def trl_trainer(made, turns, tokens, checkpointing):
         num_generations=8,
         beta=0.0,
         learning_rate=0.0,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=made.device.type == "cpu",
+        bf16=made.dtype == "bfloat16",
         gradient_checkpointing=checkpointing,
         report_to="none",
         save_strategy="no",
@@ -484,6 +483,13 @@ def measured_rates(device="cpu", dtype=torch.float32):
     return 2 * size**3 / times["product"], 4 * numbers.numel() / times["sum"]
 
 
+def matrices(made):
+    """Numbers in the matrices that a token is multiplied with: (of the body, of the head)."""
+    embedding = made.model.get_input_embeddings().weight
+    body = [p for p in made.body.parameters() if p.ndim == 2 and p is not embedding]
+    return sum(p.numel() for p in body), made.head.weight.numel()
+
+
 def decode_bytes(made, forwards, width=4):
     """Bytes that a rollout's forwards have to read: weights, keys and values.
 
@@ -493,7 +499,7 @@ def decode_bytes(made, forwards, width=4):
     head_size = shape.hidden_size // shape.num_attention_heads
     of_a_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size
     attended = sum(tokens for _, tokens in forwards)
-    return width * (len(forwards) * made.model.num_parameters() + attended * of_a_token)
+    return width * (len(forwards) * sum(matrices(made)) + attended * of_a_token)
 
 
 def step(rounds=5):
@@ -556,54 +562,6 @@ def compiled():
             both = f"{times['plain']:.3f} s, compiled {times['compiled']:.3f} s"
             print(f"{name}, {rows:>3} rows: {both}, {ratio:.2f} times faster; ", end="")
             print(f"first call {first:.0f} s", flush=True)
-    return found
-
-
-# ------------------------------------------------------------------------------ a GPU
-def against_floors(shape, rows=128, turns=4, tokens=128, device="cuda", dtype="bfloat16"):
-    """Rollout and update of one model, next to what bandwidth and matrix products allow."""
-    rate, bandwidth = measured_rates(device, getattr(torch, dtype))
-    made = policy(shape, None, device, dtype)
-    if device != "cpu":  # as aem.load_policy does
-        aem.checkpoint_layers(made.model)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    ours(made, rows, 1, 4)  # kernels and workspaces
-    found = {}
-    played = []
-    with recorded_forwards() as forwards:
-        found["rollout_seconds"] = seconds(lambda: played.extend(ours(made, rows, turns, tokens)))
-    sizes = {"max_turns": turns, "max_response_tokens": tokens, "micro_batch_tokens": 32768}
-    cfg = settings(**sizes, device=device)
-    give_advantages(played, cfg)
-    sums = {}
-    work = partial(aem.accumulate_gradients, made, played, cfg)
-    found["update_seconds"] = seconds(lambda: sums.update(work()))
-    embedding = made.model.get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in made.body.parameters()) - embedding
-    flops = 6 * body * sum(len(t.ids) for t in played)
-    flops += 6 * made.head.weight.numel() * rows * turns * tokens
-    found["rollout_floor"] = decode_bytes(made, forwards, 2) / bandwidth
-    found["update_floor"] = flops / rate
-    found["tokens"] = sums["tokens"]
-    found["logp_gap"] = sums["gap"] / sums["tokens"]
-    if device != "cpu":
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    for name in ("rollout", "update"):
-        took, floor = found[f"{name}_seconds"], found[f"{name}_floor"]
-        print(
-            f"{name:<8}{took:>8.2f} s, floor {floor:.2f} s: {floor / took:.0%} of what is possible"
-        )
-    return rounded(found, 5) | {"tflops": rate / 1e12, "gbytes": bandwidth / 1e9}
-
-
-def gpu():
-    """The shapes of Qwen2.5-1.5B and 7B with random weights, 128 trajectories, bf16."""
-    if not torch.cuda.is_available():
-        sys.exit("bench.py: `gpu` needs a GPU, and torch sees none")
-    found = {"gpu": torch.cuda.get_device_name()}
-    print(found["gpu"])
-    for name, shape in (("1.5B", QWEN_1_5B), ("7B", QWEN_7B)):
-        found[name] = against_floors(shape)
     return found
 
 
@@ -718,7 +676,7 @@ ANYWHERE = {
     "compile": compiled,
     "sandbox": sandbox,
 }
-BENCHMARKS = ANYWHERE | {"trl": trl, "gpu": gpu}  # these need more than this repository
+BENCHMARKS = ANYWHERE | {"trl": trl}
 
 
 def main():
@@ -741,7 +699,10 @@ def main():
             continue
         machine = {"machine": platform.machine(), "cores": os.cpu_count()}
         machine["torch"] = torch.__version__
-        results = machine | BENCHMARKS[name]()
+        try:
+            results = machine | BENCHMARKS[name]()
+        except ImportError as error:
+            sys.exit(f"bench.py: error: {error}")
         (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
