@@ -2135,6 +2135,13 @@ def test_a_run_is_resumed_with_its_own_settings_only(runs):
     assert len(run(steps=2, eval_every=1, resume="auto", **flags)) == 3  # these may change
     assert len(run(steps=2, resume="auto", **flags)) == 3  # it had come to its end
     assert len(run(name="not there", steps=0, resume="auto")) == 1  # a new run
+    file = folder / "own" / "config.json"
+    then = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in then.items() if k != "recipe"}))  # an older one
+    assert len(run(steps=3, resume="auto", **flags)) == 4
+    file.write_text(json.dumps({k: v for k, v in then.items() if k != "recipe"}))
+    with pytest.raises(aem.UsageError, match="another --kl_coef, --recipe|another --recipe"):
+        run(steps=3, recipe="verl_agent", resume="auto", **flags)
     files = [folder / name / "config.json" for name in ("own", "not there")]
     dates = [json.loads(file.read_text())["date"] for file in files]
     assert dates == ["2001-02-03", time.strftime("%Y-%m-%d")]
@@ -3631,6 +3638,58 @@ def test_the_study_runs_each_run_once_and_goes_on_where_it_stopped(tmp_path, mon
     for when in ("start", "middle", "end"):
         found = json.loads((tmp_path / f"mechanism-{when}.json").read_text())
         assert len(found["states"]["advantage"]) == 9
+
+
+def test_empg_equals_a_slow_one(mixed):
+    replicate = experiment("replicate")
+    cfg = config(aem=False)
+    base = aem.assign_credit(mixed, cfg).tolist()
+    found = replicate.empg_credit(aem.assign_credit, mixed, cfg).tolist()
+    rows = []  # (A, H_bar, H_bar of the next turn) of what is trained on
+    number = 0
+    for t in mixed:
+        h_bars = [sum(r.entropy) / len(r.entropy) for r in t.responses]
+        for h, after in zip(h_bars, [*h_bars[1:], None]):
+            if not t.masked:
+                rows.append((base[number], h, after))
+            number += 1
+    low, high = min(h for _, h, _ in rows), max(h for _, h, _ in rows)
+
+    def confidence(h):
+        return math.exp(-(h - low) / (high - low))
+
+    scale = fmean(confidence(h) for _, h, _ in rows)
+    values = []
+    for a, h, after in rows:
+        clarity = 0.0 if after is None else 0.05 * confidence(after)
+        values.append(a * confidence(h) / scale + clarity)
+    expected = iter([x - fmean(values) for x in values])
+    masked = [t.masked for t in mixed for _ in t.responses]
+    for x, left_out in zip(found, masked, strict=True):
+        assert x == pytest.approx(0 if left_out else next(expected), abs=1e-9)
+    assert any(masked) and not all(masked)
+    for r in aem.responses_of(mixed):
+        r.entropy = [0.5] * len(r.entropy)
+    flat = replicate.empg_credit(aem.assign_credit, mixed, cfg)
+    assert flat.isfinite().all() and flat.abs().max() > 0.1
+    for t in mixed:
+        t.error = "boom"
+    assert set(replicate.empg_credit(aem.assign_credit, mixed, cfg).tolist()) == {0.0}
+
+
+def test_the_quick_form_of_the_recipe_study_runs(tmp_path, monkeypatch):
+    replicate, recipe = experiment("replicate"), experiment("recipe")
+    monkeypatch.setattr(recipe, "run_all", replicate.run_all)
+    monkeypatch.setattr(replicate, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    short = {"steps": 2, "eval_every": 2, "eval_tasks": 8, "warm_steps": 20, "groups": 2}
+    short |= {"group_size": 4, "max_turns": 3, "max_response_tokens": 6}
+    results = recipe.quick(1, tmp_path, **short, cache_dir=str(tmp_path / "cache"))
+    assert [result["flags"]["aem"] for result in results] == [False, True, False]
+    assert [result["flags"].get("empg", False) for result in results] == [False, False, True]
+    assert all(len(result["curves"]["updates"]) == 3 for result in results)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert len(recipe.cells()) == 2 * (len(recipe.STEPS) + len(recipe.ESTIMATORS))
 
 
 def test_the_readme_says_of_the_study_what_its_results_say(tmp_path, monkeypatch, capsys):
