@@ -1548,6 +1548,8 @@ def record(run, row, trajectories, cfg):
         file.write(json.dumps(row) + "\n")
     with open(run / "trajectories.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(readable(trajectories, row["step"]) if "eval_success" in row else "")
+    if row["step"] == min(FIRST_STEPS, cfg.steps) > 0:
+        warn_without_signal(run)
     errors = [t.error for t in trajectories if t.error]
     if errors and not (run / "env_error.txt").exists():
         (run / "env_error.txt").write_text(errors[0], "utf-8", "backslashreplace")
@@ -1600,11 +1602,12 @@ def set_up(cfg):
         policy = load_policy(cfg, source)
         if cfg.rule.kl:
             policy.reference = load_policy(cfg, source)
-    except (ValueError, OSError, envs.SandboxError) as error:
-        raise UsageError(error) from error
-    finally:
-        if first and not any(run.iterdir()) and sys.exc_info()[0]:
+    except BaseException as error:
+        if first and not any(run.iterdir()):
             run.rmdir()
+        if isinstance(error, ValueError | OSError | envs.SandboxError):
+            raise UsageError(error) from error
+        raise
     if cfg.lr is None:
         adapters = any(not p.requires_grad for p in policy.model.parameters())
         small = policy.model.num_parameters() < 1e7
@@ -1656,8 +1659,6 @@ def train(cfg):
                 record(run, row, trajectories, cfg)
                 if step and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                     save_checkpoint(run, policy, optimizer, step)
-                if step == min(FIRST_STEPS, cfg.steps) > 0:
-                    warn_without_signal(run)
             shown = {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
             bar.set_postfix(shown, refresh=False)
             bar.update()
