@@ -257,9 +257,7 @@ class Config:
     aem_scope: Literal["group", "trajectory", "batch"] = flag("group", "H_bar is compared within")
     estimator: Literal[tuple(ESTIMATORS)] = flag("grpo", "base advantage A, and its loss")
     max_resample: int = flag(20, "DAPO: draws at most to replace groups of equal rewards; or 0")
-    recipe: Literal["plain", "verl_agent"] = flag(
-        "plain", "as in its paper, or verl-agent's scripts"
-    )
+    recipe: Literal["plain", "verl_agent"] = flag("plain", "as in its paper, or in verl-agent")
     kl_coef: float | None = flag(None, "KL (k3) from the starting policy; by default the recipe's")
     # rollout
     groups: int = flag(16, "tasks per step; the rollouts of one task are a group G")
@@ -567,7 +565,7 @@ def warm_start(env, cfg):
     settings = [cfg.env, cfg.max_turns, cfg.warm_steps, cfg.warm_noise, torch.__version__]
     if cfg.model != "tiny":
         sources += [inspect.getsource(function) for function in (imitate, demonstrated, begin)]
-        settings += [cfg.model, cfg.warm_lr, cfg.dtype, cfg.groups, cfg.group_size, cfg.date]
+        settings += [cfg.model, cfg.warm_lr, cfg.dtype, cfg.groups, cfg.group_size]
         settings += [cfg.temperature, cfg.max_length, cfg.max_response_tokens, cfg.action_tag]
         settings += [cfg.lora_rank, cfg.lora_rank and cfg.seed]  # of the adapters' first weights
         settings += [[f.name, f.stat().st_mtime_ns] for f in sorted(source_of(cfg.model).glob("*"))]
