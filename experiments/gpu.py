@@ -102,7 +102,7 @@ SMALL = {  # on a CPU, in seconds
     "steps": (1, 2),
 }
 SMALL_TRAINING = {"warm_steps": 2, "groups": 2, "group_size": 2, "eval_tasks": 4}
-SMALL_TRAINING |= {"max_turns": 2, "max_response_tokens": 4}
+SMALL_TRAINING |= {"max_turns": 2, "max_response_tokens": 8}
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -518,6 +518,7 @@ def main():
     plan, parts, minutes = parse()
     plan.out.mkdir(parents=True, exist_ok=True)
     seconds = max(1.0, 60 * minutes - SAVING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     deadline = time.monotonic() + seconds
