@@ -131,13 +131,9 @@ def tables(known):
         contrasts(known, f"{title}: without AEM, with AEM", pairs(known, names))
         regime(known, title, pairs(known, names))
     for control, flags in CONTROLS.items():
-        arms = {name: (pair[1], pair[1] | flags) for name, pair in recipe_pairs(known).items()}
+        arms = {name: (pair[1], pair[1] | flags) for name, pair in pairs(known, ESTIMATORS).items()}
         contrasts(known, f"verl-agent: with AEM, {control}", arms, "AEM", control)
     print(f"\n{len(known)} runs")
-
-
-def recipe_pairs(known):
-    return pairs(known, ESTIMATORS)
 
 
 def regime(known, title, arms):

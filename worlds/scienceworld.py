@@ -49,6 +49,18 @@ def variations(simplifications):
     return train, [(task, number) for _, task, number in sorted(test)]
 
 
+def gold_episode(env, seed):
+    """The simulator's own solution of a task, played: [(observation, action)]."""
+    observation, _ = env._start(seed, gold=True)
+    turns = []
+    for action in env.server.getGoldActionSequence():
+        turns.append((observation, action))
+        observation, _, ended, _, _ = env.step(action)
+        if ended or len(turns) == env.max_turns:
+            break
+    return turns
+
+
 class ScienceWorld:
     """A task of ScienceWorld's train variations or, from seed HELD_OUT on, of its test's."""
 
@@ -109,11 +121,4 @@ class ScienceWorld:
 
         There is no `noise` in it: the solution is a list, which another action would break.
         """
-        observation, _ = self._start(seed, gold=True)
-        turns = []
-        for action in self.server.getGoldActionSequence():
-            turns.append((observation, action))
-            observation, _, ended, _, _ = self.step(action)
-            if ended or len(turns) == self.max_turns:
-                break
-        return turns
+        return gold_episode(self, seed)

@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install textworld-express==1.1.0") from error
 
 from envs import HELD_OUT
-from worlds.scienceworld import java
+from worlds.scienceworld import gold_episode, java
 
 
 class TextWorldExpress:
@@ -79,11 +79,4 @@ class TextWorldExpress:
 
         There is no `noise` in it: the solution is a list, which another action would break.
         """
-        observation, _ = self._start(seed, gold=True)
-        turns = []
-        for action in self.server.getGoldActionSequence():
-            turns.append((observation, action))
-            observation, _, ended, _, _ = self.step(action)
-            if ended or len(turns) == self.max_turns:
-                break
-        return turns
+        return gold_episode(self, seed)
