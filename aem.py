@@ -499,7 +499,7 @@ def check_model(policy, cfg):
         ids = torch.tensor([t.ids], device=policy.device)
         theirs = policy.model(ids).logits[0, -1].float().softmax(-1)
         gap = (ours - theirs).abs().sum().item()
-        if gap > 0.05:
+        if not gap <= 0.05:  # NaN, too
             raise ValueError(f"its probabilities are {gap:.2f} off those of decoder and head")
         t.ids.append(1)
 
@@ -537,16 +537,15 @@ def load_policy(cfg, path):
     if str(path).startswith((".", "/", "~")) and not source.is_dir():
         raise UsageError(f"--model {path}: there is no such folder")
     source = source if source.is_dir() else path
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         chat_frame(tokenizer)  # a missing template shows before gigabytes are read
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        check_model(Policy(model, tokenizer), cfg)  # on the CPU, before weights are rounded
         if cfg.lora_rank or getattr(model, "_hf_peft_config_loaded", False):
             add_adapter(model, cfg)
-        policy = Policy(model.to(cfg.device), tokenizer, date=cfg.date)
-        check_model(policy, cfg)  # in float32, at temperature 1: only then as asked for
-        policy.temperature = cfg.temperature
-        policy.dtype = cfg.dtype
+        policy = Policy(model.to(cfg.device), tokenizer, cfg.temperature, cfg.dtype, cfg.date)
     except torch.OutOfMemoryError:  # main says what helps
         raise
     except Exception as error:  # whatever loaders, templates and models of others raise
@@ -554,7 +553,6 @@ def load_policy(cfg, path):
         raise UsageError(f"cannot use --model {path} on {cfg.device}, {reason}") from error
     if cfg.device != "cpu":
         checkpoint_layers(model)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape
     if cfg.compile:
         torch.compiler.config.recompile_limit = 64  # prompts and single tokens, rollout and update
         policy.body.compile(dynamic=True)
@@ -669,6 +667,7 @@ class SlotCache:
         Returns: what is added to attention's scores (B, 1, T, capacity), -inf behind a token.
         """
         self.slots = slots
+        self.rows = torch.arange(len(slots), device=slots.device).unsqueeze(-1)  # (B, 1)
         needed = 64 * math.ceil(needed / 64)  # few shapes: a GPU plans for each anew
         self.capacity = max(self.capacity, needed)
         behind = torch.arange(self.capacity, device=slots.device) > slots.unsqueeze(-1)
@@ -679,12 +678,11 @@ class SlotCache:
         if layer == len(self.layers):  # of value's type: in bfloat16, rotation gives float32 keys
             self.layers.append([x[:, :, :0].to(value.dtype) for x in (key, value)])
         pair = self.layers[layer]
-        rows = torch.arange(len(key), device=key.device).unsqueeze(-1)  # (B, 1)
         for i, new in enumerate((key, value)):
             missing = self.capacity - pair[i].shape[2]
             if missing > 0:
                 pair[i] = pad(pair[i], (0, 0, 0, missing))
-            pair[i][rows, :, self.slots] = new.transpose(1, 2).to(value.dtype)
+            pair[i][self.rows, :, self.slots] = new.transpose(1, 2).to(value.dtype)
         return pair
 
     def keep(self, rows):
@@ -1518,7 +1516,7 @@ def load_checkpoint(run, policy, optimizer):
     if checkpoints(run):
         newest = checkpoints(run)[-1]
         try:
-            state = torch.load(newest, map_location=policy.device)
+            state = torch.load(newest, map_location="cpu")  # what follows moves what must move
             policy.model.load_state_dict(state["weights"], strict=False)  # the others are frozen
             optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # whatever a broken file makes of unpickling

@@ -2525,6 +2525,22 @@ def test_adapters_train_alone(runs):
     assert moved and all("lora_" in name for name in moved)
 
 
+def test_adapters_are_checked_before_weights_are_rounded(tmp_path, monkeypatch):
+    """SmolLM2 in bfloat16, with cache and without: probabilities that differ by 0.08 in sum."""
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    check = aem.check_model
+    checked = []
+
+    def look(policy, cfg):
+        checked.extend(p.dtype for p in policy.model.parameters())
+        check(policy, cfg)
+
+    monkeypatch.setattr(aem, "check_model", look)
+    aem.export(tmp_path, family_policy("qwen2"))
+    loaded = aem.load_policy(config(dtype="bfloat16", lora_rank=4), tmp_path)
+    assert loaded.head.weight.dtype == torch.bfloat16 and set(checked) == {torch.float32}
+
+
 def test_environments_of_gem(tiny, monkeypatch):
     pytest.importorskip("gem", reason="needs gem-llm")
     with pytest.raises(ValueError, match="game:Nothing-v0"):

@@ -9,7 +9,7 @@
     decode      a token of all rows: time and kernels against memory bandwidth; attention's kernels
     step        rollout and update of many turns: time against what the device can do
     lengths     peak memory of rollout, `SlotCache.keep` and update by length
-    compiled    `step` with --compile
+    compiled    `step` of a model of four layers, without --compile and with it
     trl         a training step against TRL's, if it is installed
     training    imitation and RL of a real model (SmolLM2-135M-Instruct, say), AEM on and off
 
@@ -111,14 +111,16 @@ def free():
     """Give back the memory of what nobody refers to any more."""
     gc.collect()  # policies refer to themselves
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an error that no later call gets over
+            torch.cuda.empty_cache()
 
 
 def measured(function, alone=False):
     """Returns: (what it returned, {seconds, and peak memory in GB, on a GPU}).
 
     `gb` is what tensors took, `retries` how often torch had to give back pieces of memory in which
-    nothing fitted. If `alone`, no leftovers are there at first, and `reserved_gb` is what it held.
+    nothing fitted. If `alone`, no leftovers are there at first, and `reserved_gb` is what it held:
+    near all there is where a cache has grown, as its earlier pieces are too small for a later one.
     """
     on_gpu = torch.cuda.is_available()
     if alone:
@@ -150,9 +152,9 @@ def rates(device):
     return flops, max(reading, 2 * source.nbytes / median(copies))
 
 
-def built(plan, compiled=False):
+def built(plan, compiled=False, **shape):
     """A policy of random weights that never ends a response, as aem.load_policy leaves it."""
-    made = bench.policy(SHAPES[plan.shape], None, plan.device, "bfloat16")
+    made = bench.policy(SHAPES[plan.shape] | shape, None, plan.device, "bfloat16")
     aem.checkpoint_layers(made.model)
     torch.backends.cuda.enable_cudnn_sdp(False)
     if compiled:
@@ -308,9 +310,9 @@ def decode(plan):
 
 
 # ------------------------------------------------------------------------------ time and memory
-def step(plan, compiled=False):
+def step(plan, compiled=False, **shape):
     """Rollout and update, twice: in the first, kernels are loaded, or compiled."""
-    made = built(plan, compiled)
+    made = built(plan, compiled, **shape)
     optimizer = torch.optim.AdamW(made.weights, lr=0.0)
     sampled = plan.rows * plan.turns * plan.tokens
     for call in ("first", "second"):
@@ -355,11 +357,19 @@ def lengths(plan):
 
 
 def compiled(plan):
-    """`step`, compiled, and whether whole models became graphs: all frames, then."""
+    """`step` of a shallow model, plain and compiled: all layers would take minutes to compile.
+
+    And whether whole models became graphs: all frames, then.
+    """
+    shallow = {"num_hidden_layers": min(4, SHAPES[plan.shape]["num_hidden_layers"])}
+    for result in step(plan, **shallow):
+        yield {"compiled": False} | shallow | result
+    free()
     counters = torch._dynamo.utils.counters
     counters.clear()
     try:
-        yield from step(plan, compiled=True)
+        for result in step(plan, compiled=True, **shallow):
+            yield {"compiled": True} | shallow | result
         graphs = counters["stats"]["unique_graphs"]
         yield {"of": "graphs", "graphs": graphs, **counters["frames"]}
     finally:
@@ -440,7 +450,7 @@ PARTS = {  # with the seconds that they may need: guesses, for the shape of 1.5 
     decode: 40,
     step: 60,
     lengths: 100,
-    compiled: 150,
+    compiled: 100,
     trl: 100,
     training: 120,
 }
@@ -530,7 +540,7 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     deadline = time.monotonic() + seconds
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, SAVING)  # again, should the first be lost
     try:
         for part in parts:
             attempt(plan, part, deadline)

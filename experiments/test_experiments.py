@@ -155,9 +155,10 @@ def test_what_a_gpu_must_show_runs_on_a_cpu(gpu, tmp_path, capsys):
     assert update["weight_casts"] > 0 and "aten::scaled_dot_product_attention" in token["attention"]
     graphs = parts["compiled"].pop()  # one for each kind of forward, whole models
     assert graphs["ok"] == graphs["total"] == graphs["graphs"] < 8
-    for name in ("step", "compiled"):
-        assert [row["of"] for row in parts[name]] == ["rollout", "update"] * 2
-        gaps = [row["logp_gap"] for row in parts[name] if row["of"] == "update"]
+    assert [row["compiled"] for row in parts["compiled"]] == [False] * 4 + [True] * 4
+    for rows in (parts["step"], parts["compiled"][:4], parts["compiled"][4:]):
+        assert [row["of"] for row in rows] == ["rollout", "update"] * 2
+        gaps = [row["logp_gap"] for row in rows if row["of"] == "update"]
         assert all(0 <= gap < 0.02 for gap in gaps)  # of bfloat16
     assert [row["length"] for row in parts["lengths"]] == [64] * 3 + [96] * 3 + [4096]
     assert parts["trl"]
