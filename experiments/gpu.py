@@ -362,14 +362,13 @@ def compiled(plan):
     And whether whole models became graphs: all frames, then.
     """
     shallow = {"num_hidden_layers": min(4, SHAPES[plan.shape]["num_hidden_layers"])}
-    for result in step(plan, **shallow):
-        yield {"compiled": False} | shallow | result
-    free()
     counters = torch._dynamo.utils.counters
     counters.clear()
     try:
-        for result in step(plan, compiled=True, **shallow):
-            yield {"compiled": True} | shallow | result
+        for with_graphs in (False, True):
+            for result in step(plan, with_graphs, **shallow):
+                yield {"compiled": with_graphs} | shallow | result
+            free()
         graphs = counters["stats"]["unique_graphs"]
         yield {"of": "graphs", "graphs": graphs, **counters["frames"]}
     finally:
