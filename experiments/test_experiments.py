@@ -256,6 +256,53 @@ def test_random_models_have_the_published_sizes(gpu):
         assert gpu.bench.policy(shape, device="meta").model.num_parameters() == size
 
 
+def test_in_the_easy_household_four_actions_suffice_and_what_is_said_is_true():
+    env = experiment("easy_household").EasyHousehold()
+    for seed in range(200):
+        observation, info = env.reset(seed=seed)
+        for item in env.items:
+            assert f"The {item.name} is in the {item.place}. " in observation
+        assert f"The desklamp is in the {env.lamp}. " in observation
+        assert observation.count(" is in the ") == len(env.items) + 1
+        assert info == {"task_type": "examine"}
+        assert len(env.demonstration(seed)) <= 4 and env.success
+
+
+SMALL_STUDY = {"groups": 2, "group_size": 2, "steps": 1, "eval_tasks": 4, "max_turns": 2}
+
+
+def test_a_real_model_is_studied_run_by_run(tmp_path, monkeypatch, capsys):
+    study = experiment("real_model")
+    for part in envs.embedded_policy(envs.GuidedHousehold(), 0, 0.35):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(study, "SETTINGS", study.SETTINGS | SMALL_STUDY)
+    monkeypatch.setitem(study.IMITATION, "warm_steps", 1)
+    monkeypatch.setattr(study, "DIAGNOSIS", {"states": 3, "samples": 2, "updates": 1})
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    flags = ["--model", tmp_path / "model", "--cache_dir", tmp_path / "cache"]
+    flags += ["--out", tmp_path / "out"]
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, [*flags, *more])])
+        study.main()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+
+    assert len(run("--run", "plain-seed2")) == 2  # the head, and this run
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plain-seed2"]
+    rows = run()
+    names = [row.split(" | ")[0] for row in rows]
+    arms = ["GRPO, seed 1", "GRPO + AEM, seed 1", "GRPO, seed 2", "GRPO + AEM, seed 2"]
+    assert names == ["| run", "| as it came", *(f"| {arm}" for arm in arms)]
+    before_rl = [row.split(" | ")[1] for row in rows]
+    assert before_rl[2] == before_rl[3] and before_rl[4] == before_rl[5]
+    kept = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"before", "plain-seed1", "runs.png", "mechanism.png", "diagnosis-end.json"} < kept
+    monkeypatch.setattr(study.aem, "train", None)  # nothing is left to do
+    assert run() == run("--report") == rows
+    with pytest.raises(SystemExit, match="--run aem-seed9: there is no such run, only before, aem"):
+        run("--run", "aem-seed9")
+
+
 def test_the_table_of_estimators_comes_from_the_committed_results(capsys):
     experiment("estimators").report()
     table = capsys.readouterr().out
