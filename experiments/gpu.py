@@ -54,8 +54,9 @@ import envs
 RESULTS = Path(__file__).with_suffix("")
 SHAPES = {"tiny": bench.TINY, "1.5B": bench.QWEN_1_5B, "7B": bench.QWEN_7B}
 SAVING = 20  # seconds that are kept back, for a training run to end its step and save
-TRAINING = real_model.SETTINGS | real_model.IMITATION  # known to learn, on a CPU
-TRAINING |= {"eval_every": 20, "micro_batch_tokens": aem.Config.micro_batch_tokens}
+TRAINING = real_model.SETTINGS | real_model.IMITATION  # the CPU's study, but for its machine
+TRAINING |= {"eval_every": 20, "save_every": 20}
+TRAINING |= {"micro_batch_tokens": aem.Config.micro_batch_tokens}
 
 
 @dataclass

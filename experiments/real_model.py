@@ -86,19 +86,20 @@ def run(name, out, **flags):
         shutil.copy(out / name / file, kept / file)
 
 
-def study(model, out, cache_dir=aem.Config.cache_dir, only=""):
-    """Everything, in the order in which it is of use, or `only` the run of this name."""
-    plan = {"before": {"steps": 0}}
+def plan():
+    """The flags of every run by its name, in the order in which they are of use."""
+    runs = {"before": {"steps": 0}}
     for seed in SEEDS:
-        for with_aem in (True, False):
-            name = f"{'aem' if with_aem else 'plain'}-seed{seed}"
-            plan[name] = IMITATION | {"aem": with_aem, "seed": seed}
-    if only:
-        if only not in plan:
-            raise aem.UsageError(f"--run {only}: there is no such run, only {', '.join(plan)}")
-        plan = {only: plan[only]}
-    for name, flags in plan.items():
-        run(name, out, model=str(model), cache_dir=str(cache_dir), **flags)
+        for arm in ("aem", "plain"):
+            runs[f"{arm}-seed{seed}"] = IMITATION | {"aem": arm == "aem", "seed": seed}
+    return runs
+
+
+def study(model, out, cache_dir=aem.Config.cache_dir, only=""):
+    """Every run and what is seen inside of one, or `only` the run of this name."""
+    for name, flags in plan().items():
+        if only in ("", name):
+            run(name, out, model=str(model), cache_dir=str(cache_dir), **flags)
     if not only:
         look_inside(out / f"aem-seed{SEEDS[0]}")
 
@@ -155,10 +156,12 @@ def report():
         invalid = f"{before[0]['eval_invalid']:.1%}"
         print(f"| as it came | {before[0]['eval_success']:.1%} | | {invalid} | | | |")
     for seed in SEEDS:
+        starts = set()
         for arm, (name, color) in ARMS.items():
             rows = rows_of(f"{arm}-seed{seed}")
             if not rows:
                 continue
+            starts.add(rows[0]["eval_success"])
             print(table_row(f"{name}, seed {seed}", rows))
             style = "-" if seed == SEEDS[0] else "--"
             steps = [row["step"] for row in rows]
@@ -166,8 +169,11 @@ def report():
             entropy = [row["response_entropy"] for row in rows]
             left.plot(steps, success, style, color=color, label=f"{name}, seed {seed}")
             right.plot(steps, entropy, style, color=color)
-    tasks = SETTINGS["eval_tasks"]
-    print(f"\n{tasks} tasks an evaluation: 50 % is known to ± {98 / tasks**0.5:.0f} points")
+        if len(starts) > 1:
+            print(f"seed {seed}: the arms did not start from the same policy")
+    if before:
+        tasks = before[0]["eval_tasks"]
+        print(f"\n{tasks} tasks an evaluation: 50 % is known to ± {98 / tasks**0.5:.0f} points")
     left.set(title="Success in training", xlabel="training step", ylim=(0, 1))
     right.set(title="Response entropy (nats)", xlabel="training step", ylim=(0, None))
     left.legend()
@@ -180,7 +186,7 @@ def main():
     parser.add_argument("--model", default="", help="a folder, in place of the package's model")
     parser.add_argument("--cache_dir", default=aem.Config.cache_dir, help="of the converted model")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"), help="of the runs")
-    parser.add_argument("--run", default="", help="only this one, such as 'aem-seed1'")
+    parser.add_argument("--run", default="", choices=plan(), help="only this one")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     args = parser.parse_args()
     if not args.report:
@@ -188,7 +194,7 @@ def main():
             model = args.model or convert(args.cache_dir)
             study(model, args.out.absolute(), args.cache_dir, args.run)
         except aem.UsageError as error:
-            sys.exit(f"real_model.py: error: {error}")
+            parser.error(str(error))
     report()
 
 
