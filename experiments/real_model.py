@@ -125,7 +125,7 @@ def rows_of(name):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-HEAD = "| run | before RL | after RL | invalid | entropy of a response, nats | alpha | hours |"
+HEAD = "| run | before RL | on the way | after RL | invalid | entropy (nats) | alpha | minutes |"
 PALE = 0.25  # for the success of a batch: it is of few tasks
 ARMS = {"plain": ("GRPO", "C0"), "aem": ("GRPO + AEM", "C1")}
 
@@ -133,18 +133,21 @@ ARMS = {"plain": ("GRPO", "C0"), "aem": ("GRPO + AEM", "C1")}
 def table_row(label, rows):
     """What a run did, from its first evaluation and batch to its last, a line of Markdown."""
     evaluated = [row for row in rows if "eval_success" in row]
+    success = [f"{row['eval_success']:.1%}" for row in evaluated]
     invalid = [f"{row['eval_invalid']:.1%}" for row in (evaluated[0], evaluated[-1])]
     entropy = [f"{row['response_entropy']:.2f}" for row in (rows[0], rows[-1])]
     alphas = [min(row["alpha_min"] for row in rows), max(row["alpha_max"] for row in rows)]
     seconds = sum(row["rollout_seconds"] + row["update_seconds"] for row in rows)
+    seconds += sum(row["eval_seconds"] for row in evaluated)
     cells = [
         label,
-        f"{evaluated[0]['eval_success']:.1%}",
-        f"{evaluated[-1]['eval_success']:.1%}",
+        success[0],
+        ", ".join(success[1:-1]),
+        success[-1],
         " to ".join(invalid),
         " to ".join(entropy),
         f"{alphas[0]:.2f} to {alphas[1]:.2f}",
-        f"{seconds / 3600:.1f}",
+        f"{seconds / 60:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -158,7 +161,7 @@ def report():
     before = rows_of("before")
     if before:
         invalid = f"{before[0]['eval_invalid']:.1%}"
-        print(f"| as it came | {before[0]['eval_success']:.1%} | | {invalid} | | | |")
+        print(f"| as it came | {before[0]['eval_success']:.1%} | | | {invalid} | | | |")
     for seed in SEEDS:
         starts = set()
         for arm, (name, color) in ARMS.items():
