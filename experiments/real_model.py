@@ -130,9 +130,14 @@ PALE = 0.25  # for the success of a batch: it is of few tasks
 ARMS = {"plain": ("GRPO", "C0"), "aem": ("GRPO + AEM", "C1")}
 
 
+def evaluations(rows):
+    """Those rows of a run that hold an evaluation."""
+    return [row for row in rows if "eval_success" in row]
+
+
 def table_row(label, rows):
     """What a run did, from its first evaluation and batch to its last, a line of Markdown."""
-    evaluated = [row for row in rows if "eval_success" in row]
+    evaluated = evaluations(rows)
     success = [f"{row['eval_success']:.1%}" for row in evaluated]
     invalid = [f"{row['eval_invalid']:.1%}" for row in (evaluated[0], evaluated[-1])]
     entropy = [f"{row['response_entropy']:.2f}" for row in (rows[0], rows[-1])]
@@ -175,7 +180,7 @@ def report():
             success = [row["success"] for row in rows]
             entropy = [row["response_entropy"] for row in rows]
             left.plot(steps, success, style, color=color, alpha=PALE)
-            tested = [(row["step"], row["eval_success"]) for row in rows if "eval_success" in row]
+            tested = [(row["step"], row["eval_success"]) for row in evaluations(rows)]
             left.plot(*zip(*tested), f"o{style}", color=color, label=f"{name}, seed {seed}")
             right.plot(steps, entropy, style, color=color)
         if len(starts) > 1:
